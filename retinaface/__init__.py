@@ -1,0 +1,1 @@
+"""RetinaFace Slim: prune, quantize and distil a RetinaFace detector."""

@@ -1,0 +1,1 @@
+"""Making it small: pruning, quantization and distillation."""

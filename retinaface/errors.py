@@ -1,0 +1,9 @@
+"""The one exception that means: the input is wrong, and here is what to do about it."""
+
+
+class InputError(Exception):
+    """Bad input from the user: a missing folder, a malformed line, a checkpoint of another network.
+
+    The message is one line that names the thing and the remedy. The command-line programs print it as
+    ``error: ...`` and exit with status 2, without a traceback.
+    """

@@ -1,0 +1,1 @@
+"""Proving it: average precision, timings, sensitivity, pictures and the report."""

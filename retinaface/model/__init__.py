@@ -1,0 +1,1 @@
+"""The detector: network, anchors, losses, post-processing and checkpoints."""

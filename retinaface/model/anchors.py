@@ -1,0 +1,45 @@
+"""The anchors that deltas are relative to."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=64)
+def make_anchors(
+    height: int,
+    width: int,
+    anchor_sizes: tuple[tuple[int, ...], ...],
+    strides: tuple[int, ...],
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Lays square anchors of every size over the centre of every position of every level.
+
+    Args:
+        height: Picture height in pixels.
+        width: Picture width in pixels.
+        anchor_sizes: Side lengths in pixels, per level.
+        strides: Pixels per position, per level; a level has ``ceil(height / stride)`` rows.
+        device: Where to put them. The result is cached and must not be changed.
+
+    Returns:
+        ``(A, 4)`` float32 cxcywh, relative to width and height (may reach past 1 where the stride does not divide the
+        size), ordered by level, row, column, size.
+    """
+    levels = []
+    scale = torch.tensor([width, height], dtype=torch.float32)
+    for sizes, stride in zip(anchor_sizes, strides, strict=True):
+        rows = (torch.arange(-(-height // stride)) + 0.5) * stride
+        columns = (torch.arange(-(-width // stride)) + 0.5) * stride
+        centres = torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1], dim=-1) / scale
+        sides = torch.tensor(sizes, dtype=torch.float32)[:, None] / scale
+        shape = (*centres.shape[:2], len(sizes), 2)
+        levels.append(torch.cat([centres[:, :, None].expand(shape), sides.expand(shape)], dim=-1).reshape(-1, 4))
+    return torch.cat(levels).to(device)
+
+
+def freeze_sizes(anchor_sizes: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """Turns anchor sizes from YAML or a checkpoint (lists) into the hashable form that the cache needs."""
+    return tuple(tuple(sizes) for sizes in anchor_sizes)
