@@ -193,17 +193,17 @@ class ContextModule(nn.Module):
     def __init__(self, channels: int, activation: str) -> None:
         super().__init__()
         half, quarter = channels // 2, channels // 4
-        self.conv3 = nn.Sequential(*_conv_bn(channels, half))
+        # Published as one ReLU after the concatenation; one per branch is the same, and fuses with its convolution.
+        self.conv3 = conv_bn_act(channels, half, "relu")
         self.conv5_1 = conv_bn_act(channels, quarter, activation)
-        self.conv5_2 = nn.Sequential(*_conv_bn(quarter, quarter))
+        self.conv5_2 = conv_bn_act(quarter, quarter, "relu")
         self.conv7_2 = conv_bn_act(quarter, quarter, activation)
-        self.conv7_3 = nn.Sequential(*_conv_bn(quarter, quarter))
-        self.relu = nn.ReLU(inplace=True)
+        self.conv7_3 = conv_bn_act(quarter, quarter, "relu")
 
     def forward(self, level: Tensor) -> Tensor:
         """Keeps the shape ``(B, channels, H, W)``."""
         shared = self.conv5_1(level)
-        return self.relu(torch.cat([self.conv3(level), self.conv5_2(shared), self.conv7_3(self.conv7_2(shared))], dim=1))
+        return torch.cat([self.conv3(level), self.conv5_2(shared), self.conv7_3(self.conv7_2(shared))], dim=1)
 
 
 class RetinaFace(nn.Module):

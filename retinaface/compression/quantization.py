@@ -1,0 +1,322 @@
+"""INT8: fake-quantization for training, and conversion to real INT8 weights.
+
+Built on torchao's PT2E flow (export, annotate, prepare, train, convert). The quantizer here is the project's own: it
+annotates exactly the operations that ONNX Runtime executes in INT8, so that no convolution falls back to float by
+accident.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e import FusedMovingAvgObsFakeQuantize
+from torchao.quantization.pt2e.observer import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
+from torchao.quantization.pt2e.quantizer import (
+    QuantizationAnnotation,
+    QuantizationSpec,
+    Quantizer,
+    SharedQuantizationSpec,
+)
+from torchao.quantization.pt2e.utils import fold_bn_weights_into_conv_node
+
+from retinaface.errors import InputError
+from retinaface.model.network import RetinaFace
+
+_ops = torch.ops.aten
+_CONVOLUTIONS = {_ops.conv2d.default}
+_ADDITIONS = {_ops.add.Tensor}
+_POOLING = {_ops.max_pool2d.default, _ops.upsample_nearest2d.vec}
+
+HEADS = ("class_heads", "box_heads", "landmark_heads")
+
+
+@dataclass(frozen=True)
+class QuantizationSettings:
+    """What is quantized, and how the ranges are observed.
+
+    Attributes:
+        keep_float: Modules, with all below them, that stay in float: names such as ``backbone.stage1.0`` or
+            ``class_heads``.
+        averaging: Weight of the newest batch in the moving average of each activation's range.
+    """
+
+    keep_float: Sequence[str] = field(default=HEADS)
+    averaging: float = 0.02
+
+
+class OnnxRuntimeQuantizer(Quantizer):
+    """Annotates what ONNX Runtime's CPU provider has INT8 kernels for.
+
+    Activations are uint8 with a zero point, over the full range of 8 bits; weights are int8, symmetric, one scale per
+    output channel.
+
+    Args:
+        settings: What stays in float.
+    """
+
+    def __init__(self, settings: QuantizationSettings) -> None:
+        super().__init__()
+        self.keep_float = tuple(settings.keep_float)
+        self.activation = QuantizationSpec(
+            dtype=torch.uint8,
+            quant_min=0,
+            quant_max=255,
+            qscheme=torch.per_tensor_affine,
+            observer_or_fake_quant_ctr=FusedMovingAvgObsFakeQuantize.with_args(
+                observer=MovingAverageMinMaxObserver, averaging_constant=settings.averaging
+            ),
+        )
+        self.weight = QuantizationSpec(
+            dtype=torch.int8,
+            quant_min=-127,
+            quant_max=127,
+            qscheme=torch.per_channel_symmetric,
+            ch_axis=0,
+            # The weights are known exactly: the newest range is the range.
+            observer_or_fake_quant_ctr=FusedMovingAvgObsFakeQuantize.with_args(
+                observer=MovingAveragePerChannelMinMaxObserver, averaging_constant=1.0
+            ),
+        )
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        """Says, for each node, which inputs and outputs are quantized."""
+        for node in model.graph.nodes:
+            if node.op != "call_function" or _is_in(node, self.keep_float):
+                continue
+            if node.target in _CONVOLUTIONS:
+                self._annotate_convolution(node)
+            elif node.target in _ADDITIONS and all(isinstance(arg, Node) and _is_map(arg) for arg in node.args):
+                self._annotate_fused(node, _with_relu(node))
+            elif node.target is _ops.leaky_relu.default:
+                _set(node, {node.args[0]: self.activation}, self.activation)
+            elif node.target in _POOLING:
+                _set(node, {node.args[0]: self.activation}, SharedQuantizationSpec((node.args[0], node)))
+            elif node.target is _ops.cat.default and _is_map(node):
+                first, *others = node.args[0]
+                shared = SharedQuantizationSpec((first, node))
+                _set(node, {first: self.activation, **dict.fromkeys(others, shared)}, shared)
+        return model
+
+    def _annotate_convolution(self, node: Node) -> None:
+        end = _with_batch_norm_and_relu(node)
+        inputs = {node.args[0]: self.activation, node.args[1]: self.weight}
+        _set(node, inputs, self.activation if end is node else None)
+        for fused in _path(node, end):
+            _set(fused, {}, self.activation if fused is end else None)
+
+    def _annotate_fused(self, node: Node, end: Node) -> None:
+        _set(node, dict.fromkeys(node.args, self.activation), self.activation if end is node else None)
+        if end is not node:
+            _set(end, {}, self.activation)
+
+    def validate(self, model: GraphModule) -> None:
+        """Nothing to check: the annotation is made for this project's own graphs."""
+
+
+def _set(node: Node, inputs: dict[Any, Any], output: Any) -> None:
+    node.meta["quantization_annotation"] = QuantizationAnnotation(inputs, output, _annotated=True)
+
+
+def _only_user(node: Node) -> Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 else None
+
+
+def _with_relu(node: Node) -> Node:
+    user = _only_user(node)
+    return user if user is not None and user.target is _ops.relu.default else node
+
+
+def _with_batch_norm_and_relu(node: Node) -> Node:
+    """Last node of convolution, batch norm and ReLU that run as one operation."""
+    user = _only_user(node)
+    return _with_relu(user if user is not None and user.target is _ops.batch_norm.default else node)
+
+
+def _path(start: Node, end: Node) -> Iterator[Node]:
+    """The nodes after ``start`` up to ``end``, each the only user of the one before."""
+    while start is not end:
+        start = next(iter(start.users))
+        yield start
+
+
+def _is_map(node: Node) -> bool:
+    """Whether a node's value is a batch of feature maps, (B, C, H, W), rather than outputs per anchor."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dim() == 4
+
+
+def module_name(node: Node) -> str:
+    """Dotted name of the module that a graph node came from; empty for none."""
+    stack = node.meta.get("nn_module_stack") or {}
+    names = [name for name, _ in stack.values()]
+    return str(names[-1]) if names else ""
+
+
+def _is_in(node: Node, modules: Sequence[str]) -> bool:
+    name = module_name(node)
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+class FakeQuantizedRetinaFace(nn.Module):
+    """A network whose graph rounds weights and activations as INT8 will, with gradients passed straight through.
+
+    In training mode batch norms use and update batch statistics and the ranges of activations follow the data; in
+    evaluation mode, or once :meth:`freeze` was called, both stand still. The ranges of the weights always follow them.
+
+    An exported graph cannot be switched with ``train()`` and ``eval()``, and Lightning sets the ``training`` attribute
+    without calling them. So the graph is brought into the module's mode when it is next run.
+
+    Args:
+        graph: From ``prepare_qat_pt2e``.
+        network: The float network that it was exported from.
+    """
+
+    def __init__(self, graph: GraphModule, network: RetinaFace) -> None:
+        super().__init__()
+        self.config = network.config
+        self.graph = graph
+        self.frozen = False
+        self._mode: bool | None = None
+        self.register_load_state_dict_post_hook(FakeQuantizedRetinaFace._forget_mode)
+
+    def _forget_mode(self, _: object = None) -> None:
+        self._mode = None
+
+    def freeze(self, frozen: bool = True) -> None:
+        """Stops (or lets go on) the updates of batch statistics and of the ranges of activations."""
+        self.frozen = frozen
+
+    def train(self, mode: bool = True) -> "FakeQuantizedRetinaFace":
+        """Sets the mode of this module and its observers; the graph itself refuses to be asked."""
+        self.training = mode
+        return self
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`retinaface.model.network.RetinaFace.forward`."""
+        live = self.training and not self.frozen
+        if live != self._mode:
+            self._switch(live)
+        outputs: tuple[Tensor, Tensor, Tensor] = self.graph(images)
+        return outputs
+
+    def _switch(self, live: bool) -> None:
+        for node in self.graph.graph.nodes:
+            if node.target is _ops.batch_norm.default:
+                node.update_arg(5, live)
+            elif node.target is _ops.add_.Tensor:
+                node.update_arg(1, int(live))  # number of batches seen by a batch norm
+        self.graph.recompile()
+        for module in self.graph.modules():
+            if isinstance(module, FusedMovingAvgObsFakeQuantize) and not module.is_per_channel:
+                module.enable_observer(live)
+        self._mode = live
+
+
+def prepare_for_training(network: RetinaFace, settings: QuantizationSettings) -> FakeQuantizedRetinaFace:
+    """Exports a float network and inserts fake-quantization, with convolution and batch norm folded in training.
+
+    Args:
+        network: Float network, pruned or not, on the CPU; left as it was.
+        settings: What to quantize.
+
+    Returns:
+        The network to train, sharing no parameter with the given one.
+
+    Raises:
+        InputError: ``keep_float`` names a module that the network does not have.
+    """
+    modules = dict(network.named_modules())
+    unknown = [name for name in settings.keep_float if name not in modules]
+    if unknown:
+        raise InputError(
+            f"quantization: keep_float names {', '.join(unknown)}, which the network does not have; expected module "
+            "names such as backbone, fpn.lateral.0, ssh.1 or class_heads"
+        )
+    graph = _export(network)
+    _free_convolutions(graph)
+    _part_float_convolutions(graph, settings.keep_float)
+    prepared = prepare_qat_pt2e(graph, OnnxRuntimeQuantizer(settings))
+    return FakeQuantizedRetinaFace(prepared, network).train(network.training)
+
+
+def _export(network: RetinaFace) -> GraphModule:
+    from copy import deepcopy
+
+    network = deepcopy(network).train()
+    for module in network.modules():
+        if isinstance(module, nn.ReLU | nn.LeakyReLU):
+            module.inplace = False  # an observer must see what goes in and what comes out
+    auto = torch.export.Dim.AUTO
+    example = torch.zeros(2, 3, 96, 128)
+    program = torch.export.export(network, (example,), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
+    graph = program.module()
+    assert isinstance(graph, GraphModule)
+    return graph
+
+
+def _free_convolutions(graph: GraphModule) -> None:
+    """Takes feature map sizes from the end of convolution, batch norm and activation instead of the convolution.
+
+    A convolution whose output is also asked for its size has two users and would not be folded with its batch norm.
+    """
+    for node in list(graph.graph.nodes):
+        if node.target is _ops.sym_size.int and node.args[0].target in _CONVOLUTIONS:
+            source = node.args[0]
+            end = next(user for user in source.users if user.target is _ops.batch_norm.default)
+            end = _only_user(end) or end
+            node.update_arg(0, end)
+            end.append(node)
+    graph.graph.lint()
+    graph.recompile()
+
+
+def _part_float_convolutions(graph: GraphModule, keep_float: Sequence[str]) -> None:
+    """Puts a no-op between convolution and batch norm where both stay in float.
+
+    torchao rewrites every pair that it finds for training with quantized weights, and folds only quantized ones again:
+    a float pair would be left with three extra operations and its batch norm.
+    """
+    for node in list(graph.graph.nodes):
+        if node.target is _ops.batch_norm.default and _is_in(node, keep_float):
+            convolution = node.args[0]
+            with graph.graph.inserting_after(convolution):
+                parted = graph.graph.call_function(_ops.alias.default, (convolution,))
+            node.update_arg(0, parted)
+    graph.recompile()
+
+
+def _fold_float_convolutions(graph: GraphModule) -> None:
+    """Undoes :func:`_part_float_convolutions` and folds batch norm into convolution."""
+    for node in list(graph.graph.nodes):
+        if node.target is _ops.alias.default:
+            convolution, batch_norm = node.args[0], next(iter(node.users))
+            node.replace_all_uses_with(convolution)
+            graph.graph.erase_node(node)
+            fold_bn_weights_into_conv_node(convolution, convolution.args[1], None, batch_norm, graph)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def convert(network: FakeQuantizedRetinaFace) -> GraphModule:
+    """Turns a trained fake-quantized network into one with INT8 weights between quantize and dequantize operations.
+
+    Args:
+        network: Left as it was.
+
+    Returns:
+        Graph in evaluation mode with the outputs of :meth:`retinaface.model.network.RetinaFace.forward`.
+    """
+    from copy import deepcopy
+
+    network = deepcopy(network).cpu().eval()
+    with torch.no_grad():
+        network(torch.zeros(1, 3, 64, 64))  # the ranges of the weights as they are now
+    converted = convert_pt2e(network.graph)
+    _fold_float_convolutions(converted)
+    assert isinstance(converted, GraphModule)
+    return converted

@@ -1,0 +1,1 @@
+"""From files to augmented samples: annotations, transforms and rendered photos."""

@@ -1,0 +1,259 @@
+"""Pictures for people: detections on photos, what was found and missed, contact sheets, curves and report charts.
+
+Photos are ``(H, W, 3)`` uint8 in BGR; the drawing functions return a copy and leave their input alone.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike, NDArray
+
+from retinaface.evaluation.wider_ap import SUBSETS, Curve, area_under, judge_photo
+
+Image = NDArray[np.uint8]
+Colour = tuple[int, int, int]
+
+# BGR; told apart by the colour-blind too (Okabe and Ito).
+GREEN: Colour = (115, 158, 0)
+ORANGE: Colour = (0, 159, 230)
+RED: Colour = (0, 60, 230)
+GREY: Colour = (150, 150, 150)
+YELLOW: Colour = (66, 228, 240)
+SKY: Colour = (233, 180, 86)
+PINK: Colour = (167, 121, 204)
+BLUE: Colour = (178, 114, 0)
+LANDMARK_COLOURS: tuple[Colour, ...] = (SKY, BLUE, YELLOW, PINK, RED)
+"""Left eye, right eye, nose, left mouth corner, right mouth corner."""
+
+_BAR_COLOURS = ("#9aa0a6", "#56b4e9", "#0072b2", "#009e73", "#e69f00")
+
+
+def draw_detections(image: Image, boxes: ArrayLike, scores: ArrayLike, landmarks: ArrayLike | None = None) -> Image:
+    """Draw boxes with their scores, and five coloured dots per face.
+
+    Args:
+        image: ``(H, W, 3)`` uint8 BGR.
+        boxes: ``(N, 4)`` xyxy in pixels.
+        scores: ``(N,)``, 0–1.
+        landmarks: ``(N, 5, 2)`` in pixels; points that are not finite are left out.
+
+    Returns:
+        A copy of the image with the drawing on it; lines and text grow with the image.
+    """
+    picture = image.copy()
+    corners = _boxes(boxes)
+    for box in corners:
+        _rectangle(picture, box, GREEN)
+    if landmarks is not None:
+        for box, points in zip(corners, np.asarray(landmarks, float).reshape(-1, 5, 2), strict=True):
+            _dots(picture, box, points)
+    for box, score in zip(corners, np.asarray(scores, float).ravel(), strict=True):
+        _label(picture, box, f"{score:.2f}", GREEN)
+    return picture
+
+
+def draw_judgement(image: Image, detections: ArrayLike, faces: ArrayLike, counted: ArrayLike) -> Image:
+    """Draw what a detector found and what it got wrong, by the rules of the WIDER FACE protocol.
+
+    Green boxes are detections that find a face, red ones false alarms (both with their scores), orange ones faces
+    that were missed, and thin grey ones faces that do not count.
+
+    Args:
+        image: ``(H, W, 3)`` uint8 BGR.
+        detections: ``(N, 5)`` xyxy in pixels and score; leave out those too weak to show.
+        faces: ``(M, 4)`` xyxy in pixels, every annotated face.
+        counted: ``(M,)`` bool, which faces count.
+
+    Returns:
+        A copy of the image with the drawing on it.
+    """
+    picture = image.copy()
+    rows, corners = np.asarray(detections, float).reshape(-1, 5), _boxes(faces)
+    judgement = judge_photo(rows, corners, counted)
+    for box in corners[~np.asarray(counted, bool)]:
+        cv2.rectangle(picture, _pixel(box[:2]), _pixel(box[2:]), GREY, 1)
+    for box in corners[judgement.missed]:
+        _rectangle(picture, box, ORANGE)
+    for mask, colour in ((judgement.found, GREEN), (judgement.false_alarms, RED)):
+        for row in rows[mask]:
+            _rectangle(picture, row[:4], colour)
+            _label(picture, row[:4], f"{row[4]:.2f}", colour)
+    return picture
+
+
+def contact_sheet(images: Sequence[Image], columns: int = 4, width: int = 1600) -> Image:
+    """Put pictures of any sizes on one sheet, row by row.
+
+    Args:
+        images: each ``(H, W, 3)`` uint8 BGR, at least one.
+        columns: pictures per row.
+        width: of the sheet, in pixels.
+
+    Returns:
+        ``(H, width, 3)`` uint8 BGR: every picture scaled to the width of its column, white in between.
+
+    Raises:
+        ValueError: there are no pictures, or the columns are too narrow to show anything.
+    """
+    gap = max(2, width // 200)
+    cell = (width - gap * (columns + 1)) // columns if columns > 0 else 0
+    if not images or cell < 1:
+        raise ValueError(f"a contact sheet needs pictures and room for them: {len(images)} in columns of {cell} pixels")
+    scaled = [_resize_to_width(image, cell) for image in images]
+    rows = [scaled[start : start + columns] for start in range(0, len(scaled), columns)]
+    heights = [max(len(image) for image in row) for row in rows]
+    sheet: Image = np.full((sum(heights) + gap * (len(rows) + 1), width, 3), 255, np.uint8)
+    top = gap
+    for row, height in zip(rows, heights, strict=True):
+        for column, image in enumerate(row):
+            left = gap + column * (cell + gap)
+            sheet[top : top + len(image), left : left + cell] = image
+        top += height + gap
+    return sheet
+
+
+def plot_precision_recall(curves: Mapping[str, tuple[ArrayLike, ArrayLike]], path: Path) -> None:
+    """Plot precision against recall, one line per model, with the average precision in the legend.
+
+    Args:
+        curves: model name to (recall, precision), such as a :class:`~retinaface.evaluation.wider_ap.Curve`.
+        path: the file to write; its suffix chooses the format (.png, .svg, .pdf).
+    """
+    figure = Figure(figsize=(6.4, 5), layout="constrained")
+    axes = figure.subplots()
+    for (name, points), colour in zip(curves.items(), _colours(len(curves)), strict=True):
+        curve = Curve(np.asarray(points[0], float), np.asarray(points[1], float))
+        axes.plot(curve.recall, curve.precision, label=f"{name}: AP {area_under(curve):.3f}", color=colour, linewidth=2)
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title="Precision and recall at IoU 0.5")
+    axes.grid(alpha=0.3)
+    if curves:
+        axes.legend(loc="lower left")
+    _save(figure, path)
+
+
+def plot_report(models: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Plot what compression kept and what it gained: AP, latency, file size and MACs side by side.
+
+    Args:
+        models: the report's models, the one to compare with (the teacher) first. Each has ``name``, ``ap`` (subset to
+            0–1 or None), ``latency_ms_median``, ``onnx_bytes`` and ``macs``.
+        path: the file to write; its suffix chooses the format (.png, .svg, .pdf).
+
+    Raises:
+        ValueError: there are no models.
+    """
+    if not models:
+        raise ValueError("plot_report: no models")
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    ap_axes, *cost_axes = figure.subplots(1, 4, width_ratios=(1.8, 1, 1, 1))
+    _plot_ap(ap_axes, models)
+    panels = (
+        ("latency", "ms per photo, median", "latency_ms_median", 1.0, "faster"),
+        ("file size", "MB of ONNX", "onnx_bytes", 1e6, "smaller"),
+        ("computation", "GMACs per photo", "macs", 1e9, "fewer"),
+    )
+    for axes, (title, unit, key, scale, gain) in zip(cost_axes, panels, strict=True):
+        values = [model[key] / scale for model in models]
+        bars = axes.bar([model["name"] for model in models], values, color=_colours(len(models)), width=0.7)
+        axes.bar_label(bars, labels=[_cost_label(value, values[0], gain) for value in values], padding=2)
+        axes.set(title=title, ylabel=unit)
+        axes.margins(y=0.2)
+        _tidy(axes)
+    _save(figure, path)
+
+
+def _plot_ap(axes: Axes, models: Sequence[Mapping[str, Any]]) -> None:
+    """Draw a group of bars per subset that any model has a value for, each model with its share of the first's AP."""
+    subsets = [name for name in SUBSETS if any(model["ap"].get(name) is not None for model in models)]
+    width = 0.85 / len(models)
+    crowded = len(subsets) * len(models) > 4
+    style, separator = ({"rotation": 90, "fontsize": 8.5}, " ") if crowded else ({"fontsize": 10}, "\n")
+    for index, (model, colour) in enumerate(zip(models, _colours(len(models)), strict=True)):
+        for group, subset in enumerate(subsets):
+            value, reference = model["ap"].get(subset), models[0]["ap"].get(subset)
+            if value is None:
+                continue
+            share = f"{separator}({value / reference:.1%})" if index and reference else ""
+            bars = axes.bar(group + (index - (len(models) - 1) / 2) * width, value, width * 0.94, color=colour)
+            axes.bar_label(bars, labels=[f"{value:.3f}{share}"], padding=3, **style)
+    handles = [axes.bar(0, 0, color=colour) for colour in _colours(len(models))]
+    axes.legend(handles, [model["name"] for model in models], loc="upper center", ncols=len(models), frameon=False)
+    axes.set(title="accuracy kept", ylabel="average precision", ylim=(0, 1.45), yticks=np.linspace(0, 1, 6))
+    axes.set_xticks(range(len(subsets)), subsets)
+    _tidy(axes)
+
+
+def _cost_label(value: float, reference: float, gain: str) -> str:
+    ratio = f"\n{reference / value:.1f}x {gain}" if 0 < value < reference else ""
+    return f"{value:.3g}{ratio}"
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+def _colours(count: int) -> list[str]:
+    return [_BAR_COLOURS[index % len(_BAR_COLOURS)] for index in range(count)]
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def _boxes(values: ArrayLike) -> NDArray[np.float64]:
+    return np.asarray(values, float).reshape(-1, 4)
+
+
+def _thickness(image: Image) -> int:
+    return max(1, int(max(image.shape[:2]) / 500 + 0.5))
+
+
+def _pixel(point: Iterable[float]) -> tuple[int, int]:
+    # Far outside the image OpenCV's 32-bit coordinates would overflow; the line leaves the image all the same.
+    x, y = (round(min(max(value, -32000), 32000)) for value in point)
+    return x, y
+
+
+def _rectangle(image: Image, box: NDArray[np.float64], colour: Colour) -> None:
+    cv2.rectangle(image, _pixel(box[:2]), _pixel(box[2:]), colour, _thickness(image))
+
+
+def _dots(image: Image, box: NDArray[np.float64], points: NDArray[np.float64]) -> None:
+    """Draw five landmarks, small enough to leave the face to be seen."""
+    radius = max(1, round(min(box[2] - box[0], 15 * _thickness(image)) / 12))
+    for point, colour in zip(points, LANDMARK_COLOURS, strict=True):
+        if np.isfinite(point).all():
+            cv2.circle(image, _pixel(point), radius + 1, (0, 0, 0), cv2.FILLED, cv2.LINE_AA)
+            cv2.circle(image, _pixel(point), radius, colour, cv2.FILLED, cv2.LINE_AA)
+
+
+def _label(image: Image, box: NDArray[np.float64], text: str, colour: Colour) -> None:
+    """Write white text on a coloured plate: above the box, or inside its top where the image ends.
+
+    The text is as wide as the box, as far as it stays legible, so that in a crowd it does not hide other faces.
+    """
+    (full_width, _), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 1, 1)
+    scale = max(0.3, min((box[2] - box[0]) / full_width, max(image.shape[:2]) / 1800 + 0.2))
+    thickness = max(1, round(scale * 1.5))
+    (width, height), below = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, thickness)
+    left, top = _pixel(box[:2])
+    left = min(max(left, 0), max(image.shape[1] - width, 0))
+    bottom = top if top >= height + below else top + height + below
+    cv2.rectangle(image, (left, bottom - height - below), (left + width, bottom), colour, cv2.FILLED)
+    white = (255, 255, 255)
+    cv2.putText(image, text, (left, bottom - below), cv2.FONT_HERSHEY_SIMPLEX, scale, white, thickness, cv2.LINE_AA)
+
+
+def _resize_to_width(image: Image, width: int) -> Image:
+    height = max(1, round(image.shape[0] * width / image.shape[1]))
+    shrinks = width < image.shape[1]
+    resized: Image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    return resized

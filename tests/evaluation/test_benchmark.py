@@ -1,0 +1,179 @@
+import dataclasses
+import io
+import json
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console
+
+from retinaface.errors import InputError
+from retinaface.evaluation import benchmark as module
+from retinaface.evaluation.benchmark import Timing, benchmark, benchmark_table, machine_facts, physical_cores
+
+
+def save_model(path, convolutions=1, shape=("batch", 3, "height", "width"), kind=TensorProto.FLOAT):
+    """Write a chain of convolutions 3 → 3 channels as an ONNX file."""
+    nodes = [helper.make_node("Cast", ["photo"], ["x0"], to=TensorProto.FLOAT)]
+    nodes += [
+        helper.make_node("Conv", [f"x{i}", "weight"], [f"x{i + 1}"], pads=[1] * 4, strides=[1, 1])
+        for i in range(convolutions)
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "chain",
+        [helper.make_tensor_value_info("photo", kind, shape)],
+        [helper.make_tensor_value_info(f"x{convolutions}", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.full((3, 3, 3, 3), 0.03, np.float32), "weight")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    onnx.save(model, path)
+    return path
+
+
+def test_the_smaller_model_is_faster(tmp_path):
+    large = save_model(tmp_path / "large.onnx", convolutions=20)
+    small = save_model(tmp_path / "small.onnx", convolutions=1)
+    baseline, candidate = benchmark([large, small], size=96, threads=1, warmup=1, rounds=15)
+    assert baseline.model == str(large)
+    assert (baseline.ratio, baseline.ratio_low, baseline.ratio_high, baseline.differs) == (1, 1, 1, False)
+    assert candidate.median_ms < baseline.median_ms
+    assert candidate.p10_ms <= candidate.median_ms <= candidate.p90_ms
+    assert candidate.ratio > 3
+    assert candidate.differs
+    assert (candidate.size, candidate.batch, candidate.threads, candidate.rounds) == (96, 1, 1, 15)
+    json.dumps([dataclasses.asdict(timing) for timing in (baseline, candidate)])
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8])
+def test_inputs_of_every_type_fixed_or_dynamic(tmp_path, kind):
+    dynamic = save_model(tmp_path / "dynamic.onnx", kind=kind)
+    fixed = save_model(tmp_path / "fixed.onnx", shape=(2, 3, 32, 32), kind=kind)
+    timings = benchmark([dynamic, fixed], size=32, warmup=0, rounds=2, batch=2)
+    assert [timing.batch for timing in timings] == [2, 2]
+    assert timings[1].ratio_low is None  # two rounds are too few to tell
+    assert not timings[1].differs
+    assert timings[0].threads == physical_cores()
+
+
+class FakeCall:
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def milliseconds(self):
+        self.log.append(self.name)
+        return float(len(self.log))
+
+
+def test_models_take_turns_in_rotated_order():
+    log = []
+    times = module._interleaved_times([FakeCall(name, log) for name in "ABC"], warmup=1, rounds=3)
+    assert "".join(log) == "ABC" + "BCA" + "CAB" + "ABC"
+    # Each time lands in the column of its model, the warm-up is left out.
+    assert times.tolist() == [[6, 4, 5], [8, 9, 7], [10, 11, 12]]
+
+
+def summary(baseline, times):
+    return module._summarise("m.onnx", 640, 1, 2, np.asarray(baseline), np.asarray(times))
+
+
+def test_disturbances_of_whole_rounds_cancel():
+    random = np.random.default_rng(0)
+    disturbance = random.choice([1.0, 1.5, 3.0], 100)
+    baseline = 10 * disturbance * random.normal(1, 0.02, 100)
+    candidate = 9.5 * disturbance * random.normal(1, 0.02, 100)
+    timing = summary(baseline, candidate)
+    assert timing.ratio == pytest.approx(10 / 9.5, abs=0.01)
+    assert timing.ratio_low > 1
+    assert timing.ratio_p10 <= timing.ratio_low <= timing.ratio <= timing.ratio_high <= timing.ratio_p90
+    assert timing.differs
+    assert summary(candidate, baseline).differs
+    assert summary(candidate, baseline).ratio < 1
+
+
+def test_noise_is_rarely_called_a_difference():
+    random = np.random.default_rng(0)
+    verdicts = [summary(*(10 * random.lognormal(0, 0.2, (2, 50)))).differs for _ in range(200)]
+    assert sum(verdicts) <= 20  # 5 % expected
+
+
+def test_table_tells_baseline_faster_slower_and_noise():
+    timing = Timing("base.onnx", 640, 1, 2, 100, 12.34, 11, 14, 1, 1, 1, 1, 1, False)
+    others = [
+        dataclasses.replace(timing, model="int8.onnx", ratio=1.85, differs=True),
+        dataclasses.replace(timing, model="slow.onnx", ratio=0.5, differs=True),
+        dataclasses.replace(timing, model="same.onnx", ratio=1.01),
+    ]
+    console = Console(file=io.StringIO(), width=120)
+    console.print(benchmark_table([timing, *others]))
+    lines = console.file.getvalue().splitlines()
+    for model, figure, verdict in (
+        ("base.onnx", "12.34", "baseline"),
+        ("int8.onnx", "1.85x", "faster"),
+        ("slow.onnx", "0.50x", "slower"),
+        ("same.onnx", "1.01x", "within noise"),
+    ):
+        (line,) = (line for line in lines if model in line)
+        assert figure in line
+        assert verdict in line
+
+
+def test_bad_models_are_refused(tmp_path):
+    good = save_model(tmp_path / "good.onnx")
+    with pytest.raises(InputError, match="no model given"):
+        benchmark([])
+    with pytest.raises(InputError, match=r"missing\.onnx: no such file"):
+        benchmark([good, tmp_path / "missing.onnx"])
+    text = tmp_path / "text.onnx"
+    text.write_text("this is\nno model")
+    with pytest.raises(InputError, match=r"text\.onnx: ONNX Runtime cannot open it") as error:
+        benchmark([text])
+    assert "\n" not in str(error.value)
+    fixed = save_model(tmp_path / "fixed.onnx", shape=(1, 3, 64, 64))
+    with pytest.raises(InputError, match=r"fixed\.onnx: takes inputs of \[1, 3, 64, 64\] only"):
+        benchmark([fixed], size=32)
+    flat = save_model(tmp_path / "flat.onnx", convolutions=0, shape=("batch", 3))
+    with pytest.raises(InputError, match=r"flat\.onnx: .*expected one image input"):
+        benchmark([flat], size=32)
+    grey = save_model(tmp_path / "grey.onnx", shape=("batch", 1, "height", "width"))
+    with pytest.raises(InputError, match=r"grey\.onnx: takes inputs of"):
+        benchmark([grey], size=32)
+    undeclared = save_model(tmp_path / "undeclared.onnx", shape=("batch", "channels", "height", "width"))
+    model = onnx.load(undeclared)
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.ones((3, 4, 3, 3), np.float32), "weight"))
+    onnx.save(model, undeclared)
+    with pytest.raises(InputError, match=r"undeclared\.onnx: fails on an input of \[1, 3, 32, 32\]"):
+        benchmark([undeclared], size=32)
+
+
+@pytest.mark.parametrize(("option", "least"), [("size", 1), ("threads", 1), ("rounds", 1), ("batch", 1), ("warmup", 0)])
+def test_numbers_must_make_sense(tmp_path, option, least):
+    with pytest.raises(InputError, match=f"{option} must be at least {least}, got {least - 1}"):
+        benchmark([save_model(tmp_path / "good.onnx")], **{option: least - 1})
+
+
+X86 = "processor\t: 0\nmodel name\t: Some CPU @ 3 GHz\nflags\t\t: fpu avx2 avx512_vnni sse\n\nmodel name\t: Other\n"
+ARM = "processor\t: 0\nFeatures\t: fp asimd asimddp\nCPU implementer\t: 0x41\n"
+
+
+@pytest.mark.parametrize(("cpuinfo", "flags"), [(X86, ["avx2", "avx512_vnni"]), (ARM, ["asimd", "asimddp"]), ("", [])])
+def test_machine_facts(monkeypatch, cpuinfo, flags):
+    monkeypatch.setattr(module, "_read_text", lambda file: cpuinfo if file.name == "cpuinfo" else "")
+    facts = machine_facts()
+    assert facts["flags"] == flags
+    assert facts["cpu"] == "Some CPU @ 3 GHz" if cpuinfo == X86 else facts["cpu"]
+    assert facts["cores"] == facts["threads"] >= 1  # nothing told about siblings
+    assert facts["onnxruntime"]
+    json.dumps(facts)
+
+
+def test_threads_of_one_core_count_once(monkeypatch):
+    siblings = {"cpu0": "0,4\n", "cpu4": "0,4\n", "cpu1": "1,5\n"}
+    monkeypatch.setattr(module, "_usable_cpus", lambda: [0, 1, 4])
+    monkeypatch.setattr(module, "_read_text", lambda file: siblings[file.parts[-3]])
+    assert physical_cores() == 2
+
+
+def test_an_absent_package_has_no_version():
+    assert module._version("no-such-package-anywhere") is None

@@ -1,0 +1,139 @@
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from retinaface.evaluation.visualize import (
+    GREEN,
+    GREY,
+    LANDMARK_COLOURS,
+    ORANGE,
+    RED,
+    contact_sheet,
+    draw_detections,
+    draw_judgement,
+    plot_precision_recall,
+    plot_report,
+)
+from retinaface.evaluation.wider_ap import Curve, area_under
+
+
+def blank(height=200, width=300):
+    return np.zeros((height, width, 3), np.uint8)
+
+
+def has_colour(picture, colour, box):
+    """Whether a pixel of this colour lies on or near the outline of the box."""
+    x1, y1, x2, y2 = box
+    return (picture[max(y1 - 2, 0) : y2 + 3, max(x1 - 2, 0) : x2 + 3] == colour).all(axis=-1).any()
+
+
+def test_detections_are_drawn_on_a_copy():
+    image = blank()
+    landmarks = np.array([[[60, 80], [90, 80], [75, 95], [63, 110], [np.nan, np.nan]]])
+    picture = draw_detections(image, [[50, 60, 100, 130]], [0.87], landmarks)
+    assert not image.any()
+    assert picture.shape == image.shape
+    assert tuple(picture[130, 75]) == GREEN  # lower side of the box
+    for (x, y), colour in zip(landmarks[0, :4].astype(int), LANDMARK_COLOURS, strict=False):
+        assert tuple(picture[y, x]) == colour
+    assert not (picture == LANDMARK_COLOURS[4]).all(axis=-1).any()  # the point that is not there
+    plate = picture[45:60, 50:80]
+    assert (plate == 255).all(axis=-1).any()  # the score, above the box
+    assert not picture[140:].any()
+
+
+def test_lines_grow_with_the_photo():
+    def thickness(size):
+        box = [size // 4, size // 4, size // 2, size // 2]
+        picture = draw_detections(blank(size, size), [box], [0.5])
+        return int(picture[size // 2 - size // 8, : size * 3 // 8].any(axis=-1).sum())
+
+    assert thickness(200) < thickness(2000) <= 10
+
+
+@pytest.mark.parametrize(
+    "box", [[-40, -40, 20, 20], [290, 190, 400, 400], [0, 0, 299, 199], [1e9, -1e9, 1e10, 1e9], [5, 5, 5, 5]]
+)
+def test_boxes_beyond_the_photo_are_no_problem(box):
+    picture = draw_detections(blank(), [box], [1.0], np.full((1, 5, 2), 1e9))
+    assert picture.shape == (200, 300, 3)
+
+
+def test_nothing_to_draw():
+    image = blank()
+    np.testing.assert_array_equal(draw_detections(image, np.empty((0, 4)), [], np.empty((0, 5, 2))), image)
+    np.testing.assert_array_equal(draw_judgement(image, np.empty((0, 5)), np.empty((0, 4)), []), image)
+
+
+def test_judgement_has_four_colours():
+    found, missed, ignored, false = [20, 30, 60, 70], [100, 30, 140, 70], [180, 30, 220, 70], [20, 130, 60, 170]
+    detections = [[*found, 0.9], [*false, 0.6], [*ignored, 0.8]]
+    picture = draw_judgement(blank(), detections, [found, missed, ignored], [True, True, False])
+    for box, colour in ((found, GREEN), (missed, ORANGE), (ignored, GREY), (false, RED)):
+        assert has_colour(picture, colour, box)
+    for colour in (GREEN, RED, ORANGE):
+        assert not has_colour(picture, colour, ignored)
+
+
+def test_contact_sheet_holds_every_picture():
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (10, 20, 30), (90, 90, 0)]
+    sizes = [(50, 100), (300, 100), (80, 80), (20, 400), (33, 31)]
+    images = [np.full((*size, 3), colour, np.uint8) for size, colour in zip(sizes, colours, strict=True)]
+    sheet = contact_sheet(images, columns=2, width=401)
+    assert sheet.shape[1] == 401
+    assert sheet.dtype == np.uint8
+    for (height, width), colour in zip(sizes, colours, strict=True):
+        ys, xs = np.nonzero((sheet == colour).all(axis=-1))
+        cell = (401 - 3 * 2) // 2
+        assert xs.max() - xs.min() + 1 == cell
+        assert ys.max() - ys.min() + 1 == round(height * cell / width)
+
+
+@pytest.mark.parametrize("arguments", [([],), ([blank()], 0), ([blank()], 4, 8)])
+def test_contact_sheet_without_room_is_refused(arguments):
+    with pytest.raises(ValueError, match="needs pictures and room"):
+        contact_sheet(*arguments)
+
+
+def test_curves_are_plotted(tmp_path):
+    recall = np.linspace(0, 0.9, 50)
+    plot_precision_recall(
+        {"teacher": (recall, 1 - recall**3), "int8": (recall, 1 - recall**2)}, tmp_path / "a" / "pr.png"
+    )
+    assert imread(tmp_path / "a" / "pr.png").std() > 0.05
+    plot_precision_recall({"teacher": (recall, 1 - recall)}, tmp_path / "pr.svg")
+    assert f"teacher: AP {area_under(Curve(recall, 1 - recall)):.3f}" in svg_text(tmp_path / "pr.svg")
+
+
+def svg_text(file):
+    """The texts of an SVG figure: matplotlib keeps them as comments beside the outlines."""
+    return file.read_text()
+
+
+def report_models(**subsets):
+    shared = {"params": 400_000, "macs": 750_000_000, "onnx_bytes": 1_700_000, "latency_ms_median": 12.0}
+    teacher = {"name": "teacher", "ap": {"all": 0.8, "easy": None, "medium": None, "hard": None, **subsets}, **shared}
+    small = {"macs": 500_000_000, "onnx_bytes": 425_000, "latency_ms_median": 6.0}
+    student = {**teacher, **small, "name": "int8", "ap": {**teacher["ap"], "all": 0.76}}
+    return [teacher, student]
+
+
+def test_report_shows_what_is_kept_and_gained(tmp_path):
+    plot_report(report_models(), tmp_path / "report.svg")
+    text = svg_text(tmp_path / "report.svg")
+    for label in ("teacher", "int8", "0.760", "(95.0%)", "2.0x faster", "4.0x smaller", "1.5x fewer"):
+        assert label in text
+    assert "easy" not in text
+    plot_report(report_models(easy=0.9, medium=0.8, hard=0.6), tmp_path / "report.svg")
+    assert "0.760 (95.0%)" in svg_text(tmp_path / "report.svg")
+    assert "hard" in svg_text(tmp_path / "report.svg")
+    plot_report(report_models(), tmp_path / "report.png")
+    assert imread(tmp_path / "report.png").std() > 0.05
+
+
+def test_report_with_a_useless_student_and_without_models(tmp_path):
+    models = report_models(easy=0.0)
+    models[1]["ap"] = {"all": float("nan"), "easy": None}
+    plot_report(models, tmp_path / "report.png")
+    with pytest.raises(ValueError, match="no models"):
+        plot_report([], tmp_path / "report.png")
