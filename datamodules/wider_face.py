@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
-from retinaface.data.annotations import Sample, load_split, read_image
-from retinaface.data.transforms import FACE, IGNORED, MEAN_BGR, TrainTransform, TransformedSample, TransformOptions
+from retinaface.data.annotations import MEAN_BGR, Sample, load_split, read_image
+from retinaface.data.transforms import FACE, IGNORED, TrainTransform, TransformedSample, TransformOptions
 from retinaface.errors import InputError
 
 _MOST_WORKERS = 8

@@ -5,5 +5,10 @@ class InputError(Exception):
     """Bad input from the user: a missing folder, a malformed line, a checkpoint of another network.
 
     The message is one line that names the thing and the remedy. The command-line programs print it as
-    ``error: ...`` and exit with status 2, without a traceback.
+    ``error: ...`` and exit with status 1, without a traceback.
     """
+
+
+def one_line(error: InputError) -> str:
+    """The message of an error, also when a data loading process passed it on inside its traceback."""
+    return str(error).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.{InputError.__qualname__}: ")

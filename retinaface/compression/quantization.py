@@ -6,6 +6,7 @@ accident.
 """
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -245,8 +246,6 @@ def prepare_for_training(network: RetinaFace, settings: QuantizationSettings) ->
 
 
 def _export(network: RetinaFace) -> GraphModule:
-    from copy import deepcopy
-
     network = deepcopy(network).train()
     for module in network.modules():
         if isinstance(module, nn.ReLU | nn.LeakyReLU):
@@ -311,8 +310,6 @@ def convert(network: FakeQuantizedRetinaFace) -> GraphModule:
     Returns:
         Graph in evaluation mode with the outputs of :meth:`retinaface.model.network.RetinaFace.forward`.
     """
-    from copy import deepcopy
-
     network = deepcopy(network).cpu().eval()
     with torch.no_grad():
         network(torch.zeros(1, 3, 64, 64))  # the ranges of the weights as they are now

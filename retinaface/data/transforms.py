@@ -15,10 +15,8 @@ from numpy.typing import NDArray
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import albumentations as A
 
+from retinaface.data.annotations import MEAN_BGR
 from retinaface.errors import InputError
-
-MEAN_BGR = (104, 117, 123)
-"""The mean colour that the network subtracts: filled areas become zero."""
 
 FACE, IGNORED = 1, -1
 """Labels: a face to learn, and a face that is neither a face nor background for the loss."""

@@ -13,13 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
+from retinaface.data.annotations import MEAN_BGR
 from retinaface.errors import InputError
 
 Backbone = Literal["mobilenet0.25", "resnet50"]
 Activation = Literal["leaky_relu", "relu"]
-
-# Mean colour that the public weights subtract, in BGR order, on the 0-255 scale; nothing is divided.
-MEAN_BGR = (104.0, 117.0, 123.0)
 
 BACKBONE_STRIDES = (4, 8, 16, 32)
 BACKBONE_CHANNELS: dict[str, tuple[int, ...]] = {
@@ -72,7 +70,7 @@ def normalize(images: Tensor) -> Tensor:
         images: ``(B, 3, H, W)``, uint8 or float, BGR, 0-255.
 
     Returns:
-        ``(B, 3, H, W)`` float32, the mean colour subtracted.
+        ``(B, 3, H, W)`` float32, the mean colour subtracted; nothing is divided.
     """
     return images.float() - images.new_tensor(MEAN_BGR, dtype=torch.float32).view(1, 3, 1, 1)
 

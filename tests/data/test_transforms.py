@@ -169,6 +169,24 @@ def test_what_is_called_a_face_is_there_to_be_seen(seed):
         assert (part > 180).mean() > 0.5  # an ellipse fills 79 % of its box
 
 
+@pytest.mark.parametrize("min_visible", [0.3, 0.7])
+def test_crop_and_translation_together_may_not_hide_more_than_allowed(min_visible):
+    image = np.full((100, 300, 3), MEAN_BGR, dtype=np.uint8)
+    image[20:80, 120:180] = 255
+    options = TransformOptions(
+        crop_scale=(1.0, 1.0), min_visible=min_visible, affine=1.0, rotate=0.0, translate=0.4, colour=0.0
+    )
+    transform = TrainTransform(100, options)
+    labels = []
+    for seed in range(300):
+        result = transform(image, *faces_of([[120, 20, 180, 80]]), seed)
+        visible = (result["image"][..., 0] > 180).sum() / 3600
+        labels += result["labels"].tolist()
+        assert visible > min_visible - 0.03 or FACE not in result["labels"]
+    assert labels.count(FACE) > 20
+    assert labels.count(IGNORED) > 20
+
+
 def test_rotated_boxes_follow_the_head():
     image = np.zeros((201, 201, 3), dtype=np.uint8)
     cv2.ellipse(image, (100, 100), (30, 60), 0, 0, 360, (255, 255, 255), -1)

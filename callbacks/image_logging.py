@@ -1,0 +1,75 @@
+"""Shows what the detector finds on a few validation photos after every epoch."""
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import lightning as L
+import numpy as np
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from numpy.typing import NDArray
+from typing_extensions import override
+
+from lightning_modules import RetinaFaceModule
+from retinaface.evaluation.visualize import contact_sheet, draw_detections
+from retinaface.model.postprocess import postprocess
+
+
+class ImageLogging(L.Callback):
+    """Draws detections on the first photos of the first validation batches.
+
+    The sheet is written to ``detections/epoch_<n>.jpg`` in the trainer's root folder, and sent to W&B or TensorBoard
+    where these are the logger.
+
+    Args:
+        photos: Number of photos.
+        score_threshold: Faces with a lower score are not drawn.
+    """
+
+    def __init__(self, photos: int = 8, score_threshold: float = 0.5) -> None:
+        self.photos = photos
+        self.score_threshold = score_threshold
+        self._drawn: list[NDArray[np.uint8]] = []
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: dict[str, Any],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        wanted = self.photos - len(self._drawn)
+        if wanted <= 0 or trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, RetinaFaceModule)
+        images = batch["images"][:wanted]
+        found = postprocess(
+            pl_module(images), images.shape[-2:], pl_module.structure.network, score_threshold=self.score_threshold
+        )
+        for image, (height, width), faces in zip(images, batch["sizes"].tolist(), found, strict=False):
+            picture = np.ascontiguousarray(image[:, :height, :width].permute(1, 2, 0).cpu().numpy())
+            self._drawn.append(
+                draw_detections(
+                    picture, faces.boxes.cpu().numpy(), faces.scores.cpu().numpy(), faces.landmarks.cpu().numpy()
+                )
+            )
+
+    @override
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._drawn:
+            return
+        sheet = contact_sheet(self._drawn)
+        self._drawn = []
+        path = Path(trainer.default_root_dir) / "detections" / f"epoch_{trainer.current_epoch:03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), sheet)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("val/detections", [np.ascontiguousarray(sheet[..., ::-1])])
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(
+                    "val/detections", sheet[..., ::-1].copy(), trainer.global_step, dataformats="HWC"
+                )

@@ -1,0 +1,50 @@
+"""Trains the student with the rounding of INT8."""
+
+from collections.abc import Sequence
+
+import lightning as L
+from typing_extensions import override
+
+from lightning_modules import RetinaFaceModule
+from retinaface.compression.quantization import (
+    HEADS,
+    FakeQuantizedRetinaFace,
+    QuantizationSettings,
+    prepare_for_training,
+)
+from retinaface.errors import InputError
+from retinaface.model.network import RetinaFace
+
+
+class QuantizationAwareTraining(L.Callback):
+    """Inserts fake-quantization when a fit begins, and lets ranges and batch statistics settle before it ends.
+
+    It acts in ``setup``, like :class:`callbacks.ChannelPruning` and for the same reasons.
+
+    Args:
+        keep_float: Modules, with all below them, that stay in float, such as ``backbone.stage1`` or ``class_heads``.
+        averaging: Weight of the newest batch in the moving average of each activation's range.
+        freeze_at: Share of the epochs after which ranges and batch statistics stand still.
+    """
+
+    def __init__(
+        self, keep_float: Sequence[str] = HEADS, averaging: float = 0.02, freeze_at: float = 0.5
+    ) -> None:
+        self.settings = QuantizationSettings(tuple(keep_float), averaging)
+        self.freeze_at = freeze_at
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        assert isinstance(pl_module, RetinaFaceModule)
+        if not isinstance(pl_module.network, RetinaFace):
+            raise InputError("quantization: the network is quantized already; give the checkpoint of the stage before")
+        pl_module.network = prepare_for_training(pl_module.network, self.settings)
+        pl_module.structure.quantization = self.settings
+
+    @override
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module.network, FakeQuantizedRetinaFace)
+        epochs = trainer.max_epochs or -1
+        pl_module.network.freeze(epochs > 0 and trainer.current_epoch >= self.freeze_at * epochs)

@@ -1,0 +1,198 @@
+"""Trains and evaluates one detector."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from typing_extensions import override
+
+from retinaface.compression.structure import Network, Structure, load_float_network
+from retinaface.evaluation.wider_ap import WiderFaceAP
+from retinaface.model.anchors import freeze_sizes, make_anchors
+from retinaface.model.checkpoints import load_imagenet_backbone
+from retinaface.model.losses import Losses, assign_targets, detection_loss
+from retinaface.model.network import Activation, NetworkConfig, RetinaFace, normalize
+from retinaface.model.postprocess import postprocess
+
+Outputs = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW (arXiv:1711.05101) with a linear warm-up and a cosine decay (arXiv:1608.03983) over the whole stage.
+
+    Attributes:
+        learning_rate: At the end of the warm-up.
+        final_learning_rate: At the end of the stage.
+        warmup: Share of the stage's steps.
+        weight_decay: For convolution weights; biases and batch norms have none.
+    """
+
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 1e-5
+    warmup: float = 0.05
+    weight_decay: float = 5e-4
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """See :func:`retinaface.model.losses.assign_targets` and :func:`retinaface.model.losses.detection_loss`."""
+
+    iou_threshold: float = 0.35
+    negatives_per_positive: int = 7
+    box_weight: float = 2.0
+    landmark_weight: float = 1.0
+
+
+class RetinaFaceModule(L.LightningModule):
+    """One detector, trained on labels.
+
+    The network's structure (configuration, what pruning removed, how it was quantized) travels in the checkpoint as
+    plain values, and the network is built anew from it when a checkpoint is loaded.
+
+    Args:
+        network: The network to build, where ``weights`` does not say.
+        weights: Public RetinaFace file (.pth) or one of this project's checkpoints (.ckpt) to start from.
+        activation: Activation to train with from now on instead of the one in ``weights``.
+        backbone_weights: File with ImageNet weights of the backbone, or ``imagenet`` for torchvision's; only without
+            ``weights``.
+        optimizer: Optimizer and schedule.
+        loss: Target assignment and loss.
+    """
+
+    def __init__(
+        self,
+        network: NetworkConfig | None = None,
+        weights: str | None = None,
+        activation: Activation | None = None,
+        backbone_weights: str | None = None,
+        optimizer: OptimizerSettings | None = None,
+        loss: LossSettings | None = None,
+    ) -> None:
+        super().__init__()
+        self.optimizer = optimizer or OptimizerSettings()
+        self.loss = loss or LossSettings()
+        self.network: Network
+        if weights is None:
+            self.structure = Structure(network or NetworkConfig())
+            self.network = self.structure.build()
+            if backbone_weights is not None:
+                assert isinstance(self.network, RetinaFace)
+                load_imagenet_backbone(self.network, backbone_weights)
+        else:
+            self.network, self.structure = load_float_network(weights, activation)
+        self.network.train()
+        self.val_ap = WiderFaceAP()
+
+    def forward(self, images: Tensor) -> Outputs:
+        """Raw outputs for ``(B, 3, H, W)`` uint8 BGR pictures; see :class:`retinaface.model.network.RetinaFace`."""
+        outputs: Outputs = self.network(normalize(images))
+        return outputs
+
+    def task_loss(self, outputs: Outputs, batch: dict[str, Any]) -> Losses:
+        """Loss against the labels of a training batch."""
+        height, width = batch["images"].shape[-2:]
+        config = self.structure.network
+        anchors = make_anchors(
+            height, width, freeze_sizes(config.anchor_sizes), tuple(config.strides), batch["boxes"].device
+        )
+        scale = batch["boxes"].new_tensor([width, height])
+        targets = assign_targets(
+            batch["boxes"] / scale.repeat(2),
+            batch["landmarks"] / scale,
+            batch["has_landmarks"],
+            batch["labels"],
+            anchors,
+            self.loss.iou_threshold,
+        )
+        return detection_loss(
+            outputs, targets, self.loss.negatives_per_positive, self.loss.box_weight, self.loss.landmark_weight
+        )
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Loss of one batch, logged by part."""
+        losses = self.task_loss(self(batch["images"]), batch)
+        self.log_losses("train", losses, len(batch["images"]))
+        return losses.total
+
+    def log_losses(self, name: str, losses: Any, batch_size: int) -> None:
+        """Logs a named tuple of losses and their sum under ``name/``."""
+        values = {f"{name}/{part}": value.detach() for part, value in losses._asdict().items()}
+        self.log_dict(values, batch_size=batch_size)
+        self.log(f"{name}/loss", losses.total.detach(), prog_bar=True, batch_size=batch_size)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Feeds the WIDER FACE metric: score from 0.02, NMS at 0.4, boxes in the photos' own pixels."""
+        images = batch["images"]
+        detections = postprocess(self(images), images.shape[-2:], self.structure.network, score_threshold=0.02)
+        faces = batch["labels"] > 0
+        self.val_ap.update(
+            batch["image_ids"],
+            [
+                torch.cat([found.boxes / scale, found.scores[:, None]], dim=1)
+                for found, scale in zip(detections, batch["scales"], strict=True)
+            ],
+            [boxes[mask] for boxes, mask in zip(batch["boxes"], faces, strict=True)],
+            [{subset: counted[index][mask] for subset, counted in batch["counted"].items()} for index, mask in enumerate(faces)],
+        )
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the average precision of every subset that the photos are labelled for."""
+        average_precision = self.val_ap.compute()
+        self.val_ap.reset()
+        self.log_dict({f"val/ap_{subset}": value for subset, value in average_precision.items()})
+        self.log("val_ap", average_precision["all"], prog_bar=True, logger=False)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """As :meth:`validation_step`."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """As :meth:`on_validation_epoch_end`."""
+        self.on_validation_epoch_end()
+
+    @override
+    def configure_optimizers(self) -> Any:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.optimizer.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.optimizer.learning_rate)
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, self.optimizer))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["structure"] = self.structure.to_plain()
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # A callback may have pruned or quantized the present network already, before the trainer knew that it resumes:
+        # start again from nothing.
+        self.structure = Structure.from_plain(checkpoint["structure"])
+        self.network = self.structure.build().train()
+
+
+def learning_rate_factor(step: int, steps: int, settings: OptimizerSettings) -> float:
+    """Learning rate at a step, relative to the highest.
+
+    Args:
+        step: From 0.
+        steps: In the whole stage.
+        settings: Shape of the schedule.
+
+    Returns:
+        Rises linearly over the warm-up, then falls along half a cosine to the final learning rate.
+    """
+    warmup = max(1, round(settings.warmup * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    lowest = settings.final_learning_rate / settings.learning_rate
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return lowest + (1 - lowest) * (1 + math.cos(math.pi * progress)) / 2

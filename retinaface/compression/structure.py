@@ -1,0 +1,107 @@
+"""What a checkpoint must say, besides weights, for the network to be built again."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from retinaface.compression.pruning import Plan, apply_plan
+from retinaface.compression.quantization import FakeQuantizedRetinaFace, QuantizationSettings, prepare_for_training
+from retinaface.errors import InputError
+from retinaface.model.checkpoints import load_matching, load_pretrained, read_torch_file
+from retinaface.model.network import NetworkConfig, RetinaFace
+
+Network = RetinaFace | FakeQuantizedRetinaFace
+
+_PREFIX = "network."  # of the weights in a training checkpoint
+
+
+@dataclass
+class Structure:
+    """How a network came to its shape.
+
+    Attributes:
+        network: The network before compression.
+        plans: What each pruning removed, in order.
+        quantization: How it was prepared for INT8; None for a float network.
+    """
+
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    plans: list[Plan] = field(default_factory=list)
+    quantization: QuantizationSettings | None = None
+
+    def to_plain(self) -> dict[str, Any]:
+        """As plain values, which load with ``weights_only=True``."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> "Structure":
+        """Inverse of :meth:`to_plain`."""
+        quantization = values["quantization"]
+        return cls(
+            network=NetworkConfig(**values["network"]),
+            plans=[[(name, out, list(indices)) for name, out, indices in plan] for plan in values["plans"]],
+            quantization=None if quantization is None else QuantizationSettings(**quantization),
+        )
+
+    def build_float(self) -> RetinaFace:
+        """Builds the float network, pruned, with fresh weights."""
+        network = RetinaFace(self.network)
+        for plan in self.plans:
+            apply_plan(network, plan)
+        return network
+
+    def build(self) -> Network:
+        """Builds the network, ready for its weights."""
+        network = self.build_float()
+        return network if self.quantization is None else prepare_for_training(network, self.quantization)
+
+
+def load_network(path: Path | str) -> tuple[Network, Structure]:
+    """Loads a network from one of this project's training checkpoints or a public RetinaFace file.
+
+    Args:
+        path: ``.ckpt`` or ``.pth``.
+
+    Returns:
+        The network in evaluation mode on the CPU, and its structure.
+
+    Raises:
+        InputError: The file cannot be read, or holds no network that this project can build.
+    """
+    content = read_torch_file(path)
+    if not (isinstance(content, Mapping) and "structure" in content):
+        network = load_pretrained(path)
+        return network, Structure(network.config)
+    try:
+        structure = Structure.from_plain(content["structure"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: the record of the network's structure is damaged ({error})") from error
+    built = structure.build()
+    state = {k.removeprefix(_PREFIX): v for k, v in content["state_dict"].items() if k.startswith(_PREFIX)}
+    load_matching(built, state, str(path))
+    return built.eval(), structure
+
+
+def load_float_network(path: Path | str, activation: str | None = None) -> tuple[RetinaFace, Structure]:
+    """Loads a network to train or compress further.
+
+    Args:
+        path: ``.ckpt`` or ``.pth``.
+        activation: Activation to use from now on instead of the one in the file.
+
+    Returns:
+        The network, and its structure.
+
+    Raises:
+        InputError: As :func:`load_network`; or the network is quantized already.
+    """
+    network, structure = load_network(path)
+    if not isinstance(network, RetinaFace):
+        raise InputError(f"{path}: is quantized already; give the checkpoint of the stage before")
+    if activation is None or activation == structure.network.activation:
+        return network, structure
+    structure.network = NetworkConfig(**{**asdict(structure.network), "activation": activation})
+    changed = structure.build_float()
+    changed.load_state_dict(network.state_dict())
+    return changed.eval(), structure

@@ -1,0 +1,1 @@
+"""Taking it elsewhere: ONNX export, runtimes and detection on photos."""

@@ -1,0 +1,120 @@
+"""Runs a detector from any of its file formats behind one interface."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from retinaface.compression.structure import load_network
+from retinaface.delivery.export import INPUT_NAME, METADATA_KEY, OUTPUT_NAMES
+from retinaface.errors import InputError
+from retinaface.model.network import NetworkConfig, normalize
+from retinaface.model.postprocess import Detections, postprocess
+
+Outputs = tuple[Tensor, Tensor, Tensor]
+
+# The exported networks need at least two positions at the coarsest stride.
+_SMALLEST_SIDE = 64
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A network that is ready to run.
+
+    Attributes:
+        config: Its anchors and strides.
+        run: Maps ``(B, 3, H, W)`` float32 from :func:`retinaface.model.network.normalize` to raw outputs.
+        runtime: What runs it: ``torch`` or ``onnxruntime``.
+    """
+
+    config: NetworkConfig
+    run: Callable[[Tensor], Outputs]
+    runtime: str
+
+    def detect(
+        self,
+        image: NDArray[np.uint8],
+        score_threshold: float = 0.5,
+        nms_threshold: float = 0.4,
+        top_k: int = 5000,
+        keep: int = 750,
+    ) -> Detections:
+        """Finds the faces in one picture, at its own size.
+
+        Args:
+            image: ``(H, W, 3)`` uint8 BGR, as OpenCV reads it.
+            score_threshold: Faces with a lower score are dropped.
+            nms_threshold: Of two boxes with a higher IoU the lower-scored one is dropped.
+            top_k: Candidates that enter the suppression.
+            keep: Faces that are returned at most.
+
+        Returns:
+            The faces, best first, in pixels of the picture.
+        """
+        height, width = image.shape[:2]
+        images = normalize(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None])
+        images = F.pad(images, (0, max(0, _SMALLEST_SIDE - width), 0, max(0, _SMALLEST_SIDE - height)))
+        outputs = self.run(images)
+        size = (images.shape[2], images.shape[3])
+        return postprocess(outputs, size, self.config, score_threshold, nms_threshold, top_k, keep)[0]
+
+
+def load_detector(path: Path | str, threads: int | None = None) -> Detector:
+    """Loads a detector.
+
+    Args:
+        path: A public RetinaFace file (.pth), one of this project's checkpoints (.ckpt) or its ONNX files (.onnx). A
+            checkpoint of quantization-aware training runs with simulated INT8.
+        threads: Threads of ONNX Runtime; None takes all CPUs that this process may use.
+
+    Returns:
+        The detector.
+
+    Raises:
+        InputError: No such file, or not a detector.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a detector (.pth, .ckpt or .onnx)")
+    if path.suffix == ".onnx":
+        return _load_onnx(path, threads)
+    network, structure = load_network(path)
+
+    @torch.inference_mode()
+    def run(images: Tensor) -> Outputs:
+        outputs: Outputs = network(images)
+        return outputs
+
+    return Detector(structure.network, run, "torch")
+
+
+def _load_onnx(path: Path, threads: int | None) -> Detector:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or available_cpus()
+    options.log_severity_level = 3
+    try:
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's own exceptions have no common base
+        raise InputError(f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0][:160]})") from error
+    metadata = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+    if metadata is None:
+        raise InputError(f"{path}: has no anchors in its metadata; export it with `python -m retinaface export`")
+
+    def run(images: Tensor) -> Outputs:
+        class_logits, box_deltas, landmark_deltas = session.run(list(OUTPUT_NAMES), {INPUT_NAME: images.numpy()})
+        return torch.from_numpy(class_logits), torch.from_numpy(box_deltas), torch.from_numpy(landmark_deltas)
+
+    return Detector(NetworkConfig(**json.loads(metadata)["network"]), run, "onnxruntime")
+
+
+def available_cpus() -> int:
+    """Number of CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

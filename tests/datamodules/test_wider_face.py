@@ -1,0 +1,338 @@
+import shutil
+import warnings
+from types import SimpleNamespace
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from torch.utils.data import default_convert
+
+from datamodules import WiderFaceDataModule
+from datamodules.wider_face import EpochSampler, collate_train, collate_validation, default_workers
+from retinaface.data.annotations import Sample, read_image
+from retinaface.data.synthetic import write_synthetic_root
+from retinaface.data.transforms import MEAN_BGR, TransformOptions
+from retinaface.errors import InputError, one_line
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_synthetic_root(tmp_path_factory.mktemp("data") / "root", train=13, val=5, size=96)
+
+
+@pytest.fixture
+def own_root(root, tmp_path):
+    """A root that a test may damage."""
+    return shutil.copytree(root, tmp_path / "root")
+
+
+def make(root, stage="fit", rank=0, world_size=1, **options):
+    options = {"train_size": 64, "batch_size": 4, "num_workers": 0, **options}
+    datamodule = WiderFaceDataModule(root, **options)
+    if world_size > 1:
+        datamodule.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, num_devices=world_size)
+    datamodule.setup(stage)
+    return datamodule
+
+
+def epoch_of(datamodule, epoch=0):
+    loader = datamodule.train_dataloader()
+    loader.sampler.set_epoch(epoch)
+    return list(loader)
+
+
+def assert_same(first, second):
+    assert len(first) == len(second)
+    for one, two in zip(first, second, strict=True):
+        for key, value in one.items():
+            assert torch.equal(value, two[key]) if isinstance(value, torch.Tensor) else value == two[key], key
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def test_training_batches_are_as_agreed(root):
+    batches = epoch_of(make(root))
+    assert len(batches) == 3  # the 13th photo would not fill a batch
+    for batch in batches:
+        count = batch["labels"].shape[1]
+        assert {key: (tuple(value.shape), value.dtype) for key, value in batch.items() if key != "skipped"} == {
+            "images": ((4, 3, 64, 64), torch.uint8),
+            "boxes": ((4, count, 4), torch.float32),
+            "landmarks": ((4, count, 5, 2), torch.float32),
+            "has_landmarks": ((4, count), torch.bool),
+            "labels": ((4, count), torch.int64),
+        }
+        assert batch["images"].is_contiguous()
+        assert batch["skipped"] == []
+        assert set(batch["labels"].unique().tolist()) <= {-1, 0, 1}
+        assert count >= 1
+        assert (batch["labels"] != 0).sum(dim=1).max() in (count, 0)
+        assert not batch["boxes"][batch["labels"] == 0].any()
+        assert not batch["has_landmarks"][batch["labels"] == 0].any()
+
+
+def test_same_batches_for_any_number_of_workers(root):
+    expected = epoch_of(make(root), epoch=1)
+    for workers in (1, 2):
+        assert_same(epoch_of(make(root, num_workers=workers), epoch=1), expected)
+
+
+def test_epochs_seeds_and_repetitions(root):
+    datamodule = make(root)
+    zeroth, first = epoch_of(datamodule, 0), epoch_of(datamodule, 1)
+    assert not torch.equal(zeroth[0]["images"], first[0]["images"])
+    assert_same(epoch_of(make(root), 1), first)  # a resumed run starts with a fresh datamodule
+    assert not torch.equal(epoch_of(make(root, seed=1), 1)[0]["images"], first[0]["images"])
+
+
+def test_a_photo_looks_different_in_each_epoch(root):
+    dataset = make(root).train_dataloader().dataset
+    pictures = {dataset[epoch * len(dataset)]["image"].tobytes() for epoch in range(4)}
+    assert len(pictures) == 4
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_see_disjoint_photos(root, world_size):
+    draws = []
+    for rank in range(world_size):
+        loader = make(root, rank=rank, world_size=world_size).train_dataloader()
+        loader.sampler.set_epoch(2)
+        draws.append(list(loader.sampler))
+    assert len({len(own) for own in draws}) == 1
+    everything = [draw for own in draws for draw in own]
+    assert len(set(everything)) == len(everything) == 13 // world_size * world_size
+    assert all(2 * 13 <= draw < 3 * 13 for draw in everything)
+
+
+def test_ranks_validate_every_photo_and_as_many_each(root):
+    loaders = [make(root, "validate", rank=rank, world_size=2).val_dataloader() for rank in (0, 1)]
+    ids = [[int(batch["image_ids"]) for batch in loader] for loader in loaders]
+    assert len(ids[0]) == len(ids[1]) == 3
+    assert set(ids[0] + ids[1]) == set(range(5))
+
+
+def test_epoch_sampler_yields_draws():
+    sampler = EpochSampler(range(10), 1, 0, shuffle=True, seed=3)
+    sampler.set_epoch(7)
+    assert sorted(sampler) == list(range(70, 80))
+
+
+def test_validation_batches_are_whole_photos(root):
+    datamodule = make(root, "validate", val_batch_size=2)
+    batches = list(datamodule.val_dataloader())
+    assert [batch["images"].shape[0] for batch in batches] == [2, 2, 1]
+    position = 0
+    for batch in batches:
+        assert batch["images"].dtype == torch.uint8
+        for row in range(len(batch["names"])):
+            sample = datamodule.val_samples[position]
+            faces = len(sample.boxes)
+            picture = batch["images"][row].permute(1, 2, 0).numpy()
+            np.testing.assert_array_equal(picture, read_image(sample.path))
+            assert batch["sizes"][row].tolist() == [96, 96]
+            assert float(batch["scales"][row]) == 1.0
+            assert int(batch["image_ids"][row]) == position
+            assert batch["names"][row] == sample.name
+            np.testing.assert_array_equal(batch["boxes"][row, :faces].numpy(), sample.boxes)
+            assert batch["labels"][row].tolist() == [1] * faces + [0] * (batch["labels"].shape[1] - faces)
+            assert batch["counted"]["all"][row, :faces].tolist() == sample.counted["all"].tolist()
+            assert not batch["counted"]["all"][row, faces:].any()
+            position += 1
+    assert [loader.dataset.samples for loader in [datamodule.test_dataloader()]] == [datamodule.val_samples]
+
+
+def test_validation_photos_shrink_to_val_size_but_never_grow(root):
+    batch = next(iter(make(root, "validate", val_size=48).val_dataloader()))
+    assert batch["images"].shape == (1, 3, 48, 48)
+    assert float(batch["scales"]) == 0.5
+    whole = next(iter(make(root, "validate").val_dataloader()))
+    assert torch.equal(batch["boxes"], whole["boxes"])  # boxes stay in the photo's own pixels
+    grown = next(iter(make(root, "validate", val_size=500).val_dataloader()))
+    assert torch.equal(grown["images"], whole["images"])
+
+
+def test_photos_of_several_shapes_are_padded_with_the_mean_colour():
+    def item(height, width, faces):
+        boxes = np.ones((faces, 4), dtype=np.float32)
+        counted = {"all": np.ones(faces, dtype=bool), "easy": np.zeros(faces, dtype=bool)}
+        sample = Sample(None, f"a/{height}", boxes, np.zeros((faces, 5, 2), dtype=np.float32), counted)
+        return {"image": np.zeros((height, width, 3), np.uint8), "scale": 1.0, "image_id": height, "sample": sample}
+
+    batch = collate_validation([item(10, 30, 0), item(20, 5, 2)])
+    assert batch["images"].shape == (2, 3, 20, 30)
+    assert batch["sizes"].tolist() == [[10, 30], [20, 5]]
+    assert batch["labels"].tolist() == [[0, 0], [1, 1]]
+    assert batch["counted"]["easy"].tolist() == [[False, False]] * 2
+    mean = torch.tensor(MEAN_BGR, dtype=torch.uint8)
+    assert (batch["images"][0, :, 10:] == mean[:, None, None]).all()
+    assert (batch["images"][1, :, :, 5:] == mean[:, None, None]).all()
+    assert not batch["images"][1, :, :, :5].any()
+
+
+def test_batch_without_faces_has_room_for_one():
+    empty = {
+        "image": np.zeros((32, 32, 3), np.uint8),
+        "boxes": np.zeros((0, 4), np.float32),
+        "landmarks": np.zeros((0, 5, 2), np.float32),
+        "has_landmarks": np.zeros(0, bool),
+        "labels": np.zeros(0, np.int64),
+        "skipped": [],
+    }
+    batch = collate_train([empty, empty])
+    assert batch["boxes"].shape == (2, 1, 4)
+    assert batch["landmarks"].shape == (2, 1, 5, 2)
+    assert not batch["labels"].any()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_training_photos_are_replaced_and_named_once(own_root, workers):
+    expected = epoch_of(make(own_root))
+    datamodule = make(own_root, num_workers=workers)
+    broken = [str(datamodule.train_samples[index].path) for index in (2, 3)]
+    for index in (2, 3):
+        truncate(datamodule.train_samples[index].path)
+    batches = epoch_of(datamodule)
+    assert [batch["images"].shape for batch in batches] == [batch["images"].shape for batch in expected]
+    skipped = [path for batch in batches for path in batch["skipped"]]
+    assert set(skipped) <= set(broken)
+    assert broken[0] in skipped or broken[1] in skipped
+    assert_same(epoch_of(make(own_root)), batches)  # deterministic
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for batch in [*batches, *epoch_of(datamodule, 1), *epoch_of(datamodule, 2)]:
+            assert datamodule.on_after_batch_transfer(batch, 0) is batch
+    assert datamodule.skipped_files == set(broken)
+    messages = [str(warning.message) for warning in caught if "takes its place" in str(warning.message)]
+    assert len(messages) == 2
+    assert "(2 such files so far)" in messages[1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_photo_is_a_one_line_error_in_validation(own_root, workers):
+    datamodule = make(own_root, "validate", num_workers=workers)
+    path = datamodule.val_samples[1].path
+    truncate(path)
+    with pytest.raises(InputError) as error:
+        list(datamodule.val_dataloader())
+    assert one_line(error.value) == f"{path}: the file is truncated; copy or download it again"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_no_readable_training_photo_is_a_one_line_error(own_root, workers):
+    datamodule = make(own_root, num_workers=workers)
+    for sample in datamodule.train_samples:
+        truncate(sample.path)
+    with pytest.raises(InputError, match="all other 12 training photos are unreadable") as error:
+        epoch_of(datamodule)
+    assert one_line(error.value).startswith(str(own_root))
+
+
+def test_too_large_batch_says_what_to_set(root):
+    with pytest.raises(InputError, match="set batch_size to at most 13"):
+        make(root, batch_size=14).train_dataloader()
+    with pytest.raises(InputError, match="set batch_size to at most 6"):
+        make(root, batch_size=7, world_size=2).train_dataloader()
+
+
+def test_limit_keeps_the_first_photos(root):
+    datamodule = make(root, limit=4)
+    assert [sample.name for sample in datamodule.train_samples] == [
+        sample.name for sample in make(root).train_samples[:4]
+    ]
+    assert len(datamodule.val_samples) == 4
+
+
+def test_stages_load_what_they_need(root, own_root):
+    assert make(root, "validate").train_samples == []
+    shutil.rmtree(own_root / "WIDER_train")
+    assert len(make(own_root, "test").val_samples) == 5
+    with pytest.raises(InputError, match=r"WIDER_train/images: no such folder"):
+        make(own_root, "fit")
+    with pytest.raises(InputError, match="no such folder"):
+        make(own_root / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"train_size": 0}, {"val_size": 8}, {"batch_size": 0}, {"val_batch_size": -1}, {"num_workers": -1}, {"limit": 0}],
+)
+def test_impossible_numbers_are_named(root, wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        WiderFaceDataModule(root, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "processes", "slurm", "expected"),
+    [(1, 1, None, 0), (2, 1, None, 1), (4, 1, None, 3), (64, 1, None, 8), (64, 8, None, 7), (64, 8, "4", 3),
+     (2, 1, "16", 1), (8, 1, "", 7)],
+)  # fmt: skip
+def test_default_number_of_workers(monkeypatch, cpus, processes, slurm, expected):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cpus)), raising=False)
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    if slurm is not None:
+        monkeypatch.setenv("SLURM_CPUS_PER_TASK", slurm)
+    assert default_workers(processes) == expected
+
+
+class Recorder(L.LightningModule):
+    """Notes what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.sums: list[int] = []
+        self.validated: list[str] = []
+
+    def training_step(self, batch, _):
+        self.sums.append(int(batch["images"].sum()))
+        return self.weight.sum() * batch["images"].float().mean()
+
+    def validation_step(self, batch, _):
+        self.validated += batch["names"]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def trainer_for(tmp_path, epochs):
+    return L.Trainer(
+        accelerator="cpu", max_epochs=epochs, logger=False, default_root_dir=tmp_path, use_distributed_sampler=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+    )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:.*takes its place")
+def test_a_resumed_fit_sees_what_an_uninterrupted_one_sees(own_root, tmp_path):
+    whole, first, second = Recorder(), Recorder(), Recorder()
+    truncate(make(own_root).train_samples[0].path)
+    datamodule = make(own_root, num_workers=1)
+    trainer_for(tmp_path, 3).fit(whole, datamodule)
+    assert len(set(whole.sums)) == 9
+    assert len(whole.validated) == 15
+    assert len(datamodule.skipped_files) == 1
+    trainer = trainer_for(tmp_path, 1)
+    trainer.fit(first, make(own_root))
+    trainer.save_checkpoint(tmp_path / "first.ckpt", weights_only=False)
+    trainer_for(tmp_path, 3).fit(second, make(own_root), ckpt_path=tmp_path / "first.ckpt")
+    assert first.sums + second.sums == whole.sums
+
+
+def test_configuration_reaches_the_transform(root):
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(L.LightningDataModule, "data")
+    arguments = ["--data=datamodules.WiderFaceDataModule", f"--data.root={root}", "--data.transform.flip=0.25",
+                 "--data.transform.crop_scale=[0.4, 0.9]"]  # fmt: skip
+    datamodule = parser.instantiate(parser.parse_args(arguments)).data
+    assert datamodule.transform == TransformOptions(flip=0.25, crop_scale=(0.4, 0.9))
+    assert datamodule.root == root
+
+
+def test_batches_survive_the_transfer_hook_unchanged(root):
+    batch = next(iter(make(root, "validate").val_dataloader()))
+    assert make(root, "validate").on_after_batch_transfer(batch, 0) is batch
+    assert default_convert(batch)["names"] == batch["names"]
