@@ -51,4 +51,5 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as error:
-        sys.exit(f"error: {one_line(error)}")
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)

@@ -79,7 +79,14 @@ def load_network(path: Path | str) -> tuple[Network, Structure]:
         raise InputError(f"{path}: the record of the network's structure is damaged ({error})") from error
     built = structure.build()
     state = {k.removeprefix(_PREFIX): v for k, v in content["state_dict"].items() if k.startswith(_PREFIX)}
-    load_matching(built, state, str(path))
+    if isinstance(built, RetinaFace):
+        load_matching(built, state, str(path))
+    else:
+        try:
+            built.load_state_dict(state)  # observers take the shapes of their ranges from the file
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"{path}: the weights do not fit the structure recorded with them ({reason})") from error
     return built.eval(), structure
 
 

@@ -18,6 +18,9 @@ from retinaface.errors import InputError
 
 Split = Literal["train", "val"]
 
+MEAN_BGR = (104, 117, 123)
+"""The mean colour that the public weights subtract: filled areas become zero."""
+
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 DIFFICULTIES = ("easy", "medium", "hard")
 _MAT_FILES = {subset: f"wider_{subset}_val.mat" for subset in ("face", *DIFFICULTIES)}

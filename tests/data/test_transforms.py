@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retinaface.data.transforms import FACE, IGNORED, MEAN_BGR, TrainTransform, TransformOptions
+from retinaface.data.annotations import MEAN_BGR
+from retinaface.data.transforms import FACE, IGNORED, TrainTransform, TransformOptions
 from retinaface.errors import InputError
 
 SIZE = 128

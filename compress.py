@@ -1,0 +1,270 @@
+"""Runs a recipe: ``python compress.py RECIPE [--data.root DIR] [--weights FILE] [--out DIR] [train.py options]``.
+
+A recipe is an ordered list of stages, each a ``train.py fit`` of its own whose input is the checkpoint of a stage before.
+Finished stages are skipped, an interrupted one goes on from its last checkpoint, and a report ends it.
+"""
+
+import argparse
+import json
+import os
+import string
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+from rich.console import Console
+
+from retinaface.errors import InputError, one_line
+
+PROJECT = Path(__file__).resolve().parent
+CONFIGS = PROJECT / "configs"
+
+_console = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass
+class Stage:
+    """One ``train.py fit``.
+
+    Attributes:
+        name: ``teacher``, ``pruned``, ``int8`` or another; of its folder, its ONNX file and its row in the report.
+        config: Files under ``configs/``, after ``default.yaml``, in order.
+        options: Options of ``train.py`` by dotted name, as on its command line. ``${weights}``, ``${previous}`` and
+            ``${<stage>}`` stand for the given weights, the checkpoint of the stage before and that of a named stage.
+    """
+
+    name: str
+    config: list[str]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Recipe:
+    """What ``compress.py`` runs.
+
+    Attributes:
+        description: What it is for.
+        root: Data root where ``--data.root`` does not say.
+        stages: In order; the first is the teacher's, the last makes the final model.
+        size: Side of the picture for MACs and timing in the report, in pixels.
+        needs_weights: Whether ``--weights`` must be given.
+    """
+
+    description: str
+    root: str
+    stages: list[Stage]
+    size: int = 640
+    needs_weights: bool = False
+
+
+@dataclass
+class Run:
+    """A recipe with what the user said.
+
+    Attributes:
+        name: The recipe's.
+        recipe: The recipe.
+        out: The run's folder.
+        root: The data root.
+        weights: The public weights, or None.
+        overrides: More ``train.py`` options, for every stage.
+    """
+
+    name: str
+    recipe: Recipe
+    out: Path
+    root: Path
+    weights: Path | None
+    overrides: list[str]
+
+    def checkpoint(self, stage: str) -> Path:
+        """Where a stage leaves its result."""
+        return self.out / stage / "checkpoints" / "last.ckpt"
+
+    def arguments(self, stage: Stage) -> list[str]:
+        """The ``train.py`` command of a stage, without what resumes it."""
+        folder = self.out / stage.name
+        configs = [CONFIGS / "default.yaml", *(CONFIGS / name for name in stage.config)]
+        options = {
+            "trainer.default_root_dir": folder,
+            "checkpoint.dirpath": folder / "checkpoints",
+            "data.init_args.root": self.root,
+            **self._filled_in(stage),
+        }
+        return [
+            "fit",
+            *(word for config in configs for word in ("--config", str(config))),
+            *(f"--{name}={value if isinstance(value, str | Path) else json.dumps(value)}" for name, value in options.items()),
+            *self.overrides,
+        ]
+
+    def _filled_in(self, stage: Stage) -> dict[str, Any]:
+        before = self.recipe.stages[: self.recipe.stages.index(stage)]
+        known = {"weights": "null" if self.weights is None else str(self.weights)}
+        known |= {earlier.name: str(self.checkpoint(earlier.name)) for earlier in before}
+        if before:
+            known["previous"] = known[before[-1].name]
+        try:
+            return {
+                name: string.Template(value).substitute(known) if isinstance(value, str) else value
+                for name, value in stage.options.items()
+            }
+        except (KeyError, ValueError) as error:
+            raise InputError(
+                f"recipe {self.name}, stage {stage.name}: unknown placeholder {error}; expected one of "
+                f"{', '.join('${' + name + '}' for name in known)}"
+            ) from error
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Reads a recipe.
+
+    Raises:
+        InputError: No such file, not YAML, or keys that a recipe does not have.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        known = ", ".join(sorted(str(p.relative_to(PROJECT)) for p in (CONFIGS / "recipes").glob("*.yaml")))
+        raise InputError(f"{path}: cannot be read ({error.strerror}); the recipes here are {known}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Recipe, as_group=False)
+    try:
+        recipe: Recipe = parser.instantiate_classes(parser.parse_object(content if isinstance(content, dict) else {}))
+        recipe = Recipe(**vars(recipe))
+    except Exception as error:  # jsonargparse raises several kinds
+        raise InputError(f"{path}: {' '.join(str(error).split())}; see configs/recipes for what a recipe holds") from error
+    names = [stage.name for stage in recipe.stages]
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"{path}: stages are named {names}; expected at least one, each with a name of its own")
+    for stage in recipe.stages:
+        for name in stage.config:
+            if not (CONFIGS / name).is_file():
+                raise InputError(f"{path}: stage {stage.name} names configs/{name}, which does not exist")
+    return recipe
+
+
+def run_recipe(run: Run) -> None:
+    """Runs the stages that are not done, then writes the report.
+
+    Raises:
+        InputError: The input is wrong, or the folder holds a different run.
+        subprocess.CalledProcessError: A stage failed; it has said why.
+    """
+    _check_data(run)
+    _remember(run)
+    for number, stage in enumerate(run.recipe.stages, start=1):
+        title = f"[{number}/{len(run.recipe.stages)}] {stage.name}"
+        exported, result = run.out / f"{stage.name}.onnx", run.checkpoint(stage.name)
+        if exported.is_file():
+            _console.print(f"{title}: done before")
+            continue
+        resume = [f"--ckpt_path={result}"] if result.is_file() else []
+        _console.print(f"{title}: {'resuming' if resume else 'starting'}")
+        command = [sys.executable, str(PROJECT / "train.py"), *run.arguments(stage), *resume]
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+        # The file's name says that the stage is done, so it comes last.
+        (run.out / stage.name / "model.onnx").replace(exported)
+    _report(run)
+
+
+def _check_data(run: Run) -> None:
+    """Finds what is wrong with the input before minutes have passed."""
+    if not any("synthetic" in name for stage in run.recipe.stages for name in stage.config):
+        from retinaface.data.annotations import load_split
+
+        for split in ("train", "val"):
+            load_split(run.root, split)
+    if run.weights is not None:
+        from retinaface.compression.structure import load_float_network
+
+        load_float_network(run.weights)
+
+
+def _remember(run: Run) -> None:
+    """Notes what the folder's run is, or checks that it is this one."""
+    note = run.out / "run.json"
+    facts = {
+        "recipe": run.name,
+        "stages": {stage.name: run.arguments(stage) for stage in run.recipe.stages},
+    }
+    if note.is_file():
+        if json.loads(note.read_text(encoding="utf-8")) != facts:
+            raise InputError(f"{run.out}: holds a run with another recipe, data or options; choose another --out")
+        return
+    try:
+        run.out.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{run.out}: cannot be written to ({error.strerror}); choose another --out") from error
+
+
+def _report(run: Run) -> None:
+    from retinaface.evaluation.report import build_report, report_table
+
+    _console.print("evaluating and timing")
+    checkpoints = {stage.name: run.checkpoint(stage.name) for stage in run.recipe.stages}
+    report: Mapping[str, Any] = build_report(run.out, run.name, checkpoints, run.root, run.recipe.size)
+    _console.print(report_table(report))
+    if report["retention"] is not None:
+        _console.print(f"AP kept: {report['retention']:.1%}, speed-up: {report['speedup']:.2f}x")
+    _console.print(f"report: {run.out / 'report.md'}")
+
+
+def parse_arguments(args: list[str] | None) -> Run:
+    """Reads the command line.
+
+    Raises:
+        InputError: The recipe is wrong, or weights are missing.
+    """
+    parser = argparse.ArgumentParser(
+        prog="compress.py",
+        allow_abbrev=False,
+        description="Run a recipe: train a teacher, prune, quantize, export, report.",
+        epilog="Any further option goes to train.py in every stage, such as --trainer.max_epochs 3. "
+        "Example: python compress.py configs/recipes/own_photos.yaml --data.root photos --weights retinaface.pth",
+    )
+    parser.add_argument("recipe", type=Path, help="a file such as configs/recipes/quickstart.yaml")
+    parser.add_argument("--data.root", dest="root", type=Path, help="data root in WIDER FACE layout")
+    parser.add_argument("--weights", type=Path, help="public RetinaFace weights (.pth) or a checkpoint (.ckpt)")
+    parser.add_argument("--out", type=Path, help="the run's folder (default: runs/<recipe>)")
+    known, overrides = parser.parse_known_args(args)
+    recipe = load_recipe(known.recipe)
+    name = known.recipe.stem
+    if recipe.needs_weights and known.weights is None:
+        raise InputError(f"recipe {name}: starts from trained weights; give them with --weights FILE")
+    out = known.out or Path("runs") / name
+    root = known.root or Path(recipe.root)
+    return Run(name, recipe, out.resolve(), root.resolve(), known.weights and known.weights.resolve(), overrides)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs a recipe.
+
+    Args:
+        args: Command-line arguments; by default those of the process.
+
+    Raises:
+        SystemExit: With status 2 and a one-line message when the input is wrong; with a stage's own status if it fails.
+    """
+    try:
+        run_recipe(parse_arguments(args))
+    except InputError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode if error.returncode > 0 else 128 - error.returncode)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

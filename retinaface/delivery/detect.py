@@ -1,0 +1,74 @@
+"""Finds faces in photos: annotated pictures and a JSON file out."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+
+from retinaface.data.annotations import read_image
+from retinaface.delivery.runtime import Detector
+from retinaface.errors import InputError
+from retinaface.model.postprocess import Detections
+
+Draw = Callable[[NDArray[np.uint8], NDArray[Any], NDArray[Any], NDArray[Any]], NDArray[np.uint8]]
+
+
+def detect_files(
+    detector: Detector,
+    images: Sequence[Path],
+    out: Path,
+    draw: Draw,
+    score_threshold: float = 0.5,
+    nms_threshold: float = 0.4,
+) -> tuple[dict[str, Detections], list[str]]:
+    """Detects faces in photos and writes annotated copies and ``detections.json``.
+
+    The JSON is an object from image path, as given, to ``{"boxes": [[x1, y1, x2, y2]], "scores": [], "landmarks":
+    [[[x, y] x 5]]}`` in pixels.
+
+    Args:
+        detector: What finds them.
+        images: Photos.
+        out: Folder to write to; made if need be.
+        draw: Draws boxes ``(N, 4)``, scores ``(N,)`` and landmarks ``(N, 5, 2)`` on a copy of a picture.
+        score_threshold: Faces with a lower score are dropped.
+        nms_threshold: Of two boxes with a higher IoU the lower-scored one is dropped.
+
+    Returns:
+        Detections by image path, and a message for each photo that could not be read and was skipped.
+
+    Raises:
+        InputError: The folder cannot be written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be made a folder ({error.strerror}); choose another --out") from error
+    console = Console(stderr=True)
+    found: dict[str, Detections] = {}
+    unreadable = []
+    for path in track(images, "detecting", console=console, transient=True, disable=not console.is_terminal):
+        try:
+            image = read_image(path)
+        except InputError as error:
+            unreadable.append(str(error))
+            continue
+        faces = detector.detect(image, score_threshold, nms_threshold)
+        found[str(path)] = faces
+        picture = draw(image, faces.boxes.numpy(), faces.scores.numpy(), faces.landmarks.numpy())
+        cv2.imwrite(str(_free_name(out, path, images)), picture)
+    content = {path: {key: value.tolist() for key, value in faces._asdict().items()} for path, faces in found.items()}
+    (out / "detections.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return found, unreadable
+
+
+def _free_name(out: Path, path: Path, images: Sequence[Path]) -> Path:
+    """Where the annotated copy goes: the photo's own name, with its folder where several photos share the name."""
+    shared = sum(other.name == path.name for other in images) > 1
+    return out / (f"{path.parent.name}_{path.name}" if shared else path.name)

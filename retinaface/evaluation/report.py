@@ -1,0 +1,161 @@
+"""The report of a recipe: what was kept and what was gained, as JSON, Markdown and pictures."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from retinaface.compression.pruning import count_complexity
+from retinaface.compression.structure import load_network
+from retinaface.evaluation.benchmark import Timing, benchmark, machine_facts
+from retinaface.evaluation.evaluate import Evaluation, evaluate
+from retinaface.evaluation.visualize import plot_precision_recall, plot_report
+from retinaface.evaluation.wider_ap import SUBSETS
+
+
+def build_report(
+    folder: Path,
+    recipe: str,
+    checkpoints: Mapping[str, Path],
+    root: Path,
+    size: int = 640,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Measures every model of a run and writes ``report.json``, ``report.md``, ``report.png`` and the PR curves.
+
+    Accuracy is that of the ONNX files in ONNX Runtime on the validation photos; time is that of the same files in the
+    same runtime, in turns.
+
+    Args:
+        folder: The run's folder; holds ``<name>.onnx`` for each model.
+        recipe: Name of the recipe.
+        checkpoints: Model name to its checkpoint, the teacher first and the final model last.
+        root: Data root whose validation photos count.
+        size: Side of the picture for MACs and timing, in pixels.
+        threads: Threads for the timing; None takes every physical core.
+
+    Returns:
+        The report: ``recipe``, ``machine``, ``data``, ``models``, ``retention``, ``speedup`` and their details.
+
+    Raises:
+        InputError: A model or the data cannot be read.
+    """
+    files = {name: folder / f"{name}.onnx" for name in checkpoints}
+    evaluations = {name: evaluate(file, root) for name, file in files.items()}
+    timings = dict(zip(files, benchmark(list(files.values()), size=size, threads=threads), strict=True))
+    models = [
+        _model(name, checkpoints[name], files[name], evaluations[name], timings[name], size) for name in checkpoints
+    ]
+    teacher, final = models[0], models[-1]
+    timing = timings[final["name"]]
+    report = {
+        "recipe": recipe,
+        "machine": machine_facts(),
+        "data": {
+            "root": str(root),
+            "split": "val",
+            "photos": evaluations[teacher["name"]].photos,
+            "faces": evaluations[teacher["name"]].faces,
+        },
+        "models": models,
+        "retention": final["ap"]["all"] / teacher["ap"]["all"] if teacher["ap"]["all"] and final["ap"]["all"] else None,
+        "speedup": timing.ratio,
+        "speedup_interval": [timing.ratio_low, timing.ratio_high],
+        "benchmark": {"size": size, "threads": timing.threads, "rounds": timing.rounds, "runtime": "onnxruntime"},
+    }
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (folder / "report.md").write_text(report_markdown(report), encoding="utf-8")
+    plot_report(models, folder / "report.png")
+    plot_precision_recall(
+        {name: evaluation.curves["all"] for name, evaluation in evaluations.items()}, folder / "precision_recall.png"
+    )
+    return report
+
+
+def _model(
+    name: str, checkpoint: Path, file: Path, evaluation: Evaluation, timing: Timing, size: int
+) -> dict[str, Any]:
+    params, macs = count_complexity(load_network(checkpoint)[1].build_float(), size)
+    return {
+        "name": name,
+        "ap": evaluation.ap,
+        "params": params,
+        "macs": macs,
+        "onnx_bytes": file.stat().st_size,
+        "latency_ms_median": timing.median_ms,
+        "latency_ms_p10": timing.p10_ms,
+        "latency_ms_p90": timing.p90_ms,
+        "speedup": timing.ratio,
+    }
+
+
+HEADINGS = ("model", *(f"AP {subset}" for subset in SUBSETS), "kept", "params", "GMACs", "ONNX", "ms", "speed-up")
+
+
+def report_rows(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The report's table: a row per model under :data:`HEADINGS`, relative figures against the first."""
+    base = models[0]["ap"]["all"]
+    return [
+        [
+            model["name"],
+            *("-" if (value := model["ap"][subset]) is None else f"{value:.3f}" for subset in SUBSETS),
+            f"{model['ap']['all'] / base:.1%}" if base and model["ap"]["all"] is not None else "-",
+            f"{model['params'] / 1e6:.3f} M",
+            f"{model['macs'] / 1e9:.3f}",
+            f"{model['onnx_bytes'] / 1e6:.2f} MB",
+            f"{model['latency_ms_median']:.2f}",
+            f"{model['speedup']:.2f}x",
+        ]
+        for model in models
+    ]
+
+
+def report_table(report: Mapping[str, Any]) -> Table:
+    """The report's table for a terminal."""
+    table = Table(title=f"{report['recipe']}: {report['data']['photos']} photos, {report['data']['faces']} faces")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
+    for row in report_rows(report["models"]):
+        table.add_row(*row)
+    return table
+
+
+def report_markdown(report: Mapping[str, Any]) -> str:
+    """The report as Markdown, with what was measured and how."""
+    machine, data, timing = report["machine"], report["data"], report["benchmark"]
+    final = report["models"][-1]["name"]
+    kept = "unknown (AP of the teacher is 0)" if report["retention"] is None else f"{report['retention']:.1%}"
+    low, high = report["speedup_interval"]
+    interval = "" if low is None else f" (95 % interval {low:.2f}-{high:.2f})"
+    table = [HEADINGS, ["---", *["---:"] * (len(HEADINGS) - 1)], *report_rows(report["models"])]
+    lines = [
+        f"# {report['recipe']}",
+        "",
+        f"The final model ({final}) keeps **{kept}** of the teacher's average precision (all) and is "
+        f"**{report['speedup']:.2f}x** as fast{interval}.",
+        "",
+        *(f"| {' | '.join(row)} |" for row in table),
+        "",
+        "![AP, latency, size and computation](report.png)",
+        "",
+        "![Precision and recall](precision_recall.png)",
+        "",
+        "## How it was measured",
+        "",
+        f"- **Accuracy:** average precision at IoU 0.5 with the WIDER FACE protocol on the {data['photos']} validation "
+        f"photos ({data['faces']} valid faces) under `{data['root']}`, which no model was trained on; each photo at its "
+        "own size, score from 0.02, NMS at 0.4; every model as ONNX in ONNX Runtime. `all` counts every valid face; "
+        "easy, medium and hard need the official `.mat` files.",
+        f"- **Time:** {timing['rounds']} rounds at 1x3x{timing['size']}x{timing['size']}, the models in turns, ONNX "
+        f"Runtime on the CPU, {timing['threads']} threads; medians, and the median of the ratio to the first model per "
+        "round. Post-processing is not included.",
+        f"- **Parameters and GMACs:** of the float network of the same shape; MACs at {timing['size']}x{timing['size']}.",
+        f"- **Machine:** {machine['cpu']}, {machine['cores']} cores, INT8 instructions: "
+        f"{', '.join(machine['flags']) or 'unknown'}; {machine['os']}.",
+        f"- **Versions:** Python {machine['python']}, torch {machine['torch']}, lightning {machine['lightning']}, "
+        f"torchao {machine['torchao']}, onnxruntime {machine['onnxruntime']}.",
+        "",
+    ]
+    return "\n".join(lines)
