@@ -1,12 +1,13 @@
 """Runs a recipe: ``python compress.py RECIPE [--data.root DIR] [--weights FILE] [--out DIR] [train.py options]``.
 
-A recipe is an ordered list of stages, each a ``train.py fit`` of its own whose input is the checkpoint of a stage before.
-Finished stages are skipped, an interrupted one goes on from its last checkpoint, and a report ends it.
+A recipe is an ordered list of stages, each a ``train.py fit`` of its own whose input is the checkpoint of a stage
+before. Finished stages are skipped, an interrupted one goes on from its last checkpoint, and a report ends it.
 """
 
 import argparse
 import json
 import os
+import signal
 import string
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
@@ -72,7 +73,7 @@ class Run:
         out: The run's folder.
         root: The data root.
         weights: The public weights, or None.
-        overrides: More ``train.py`` options, for every stage.
+        overrides: More ``train.py`` options, for every stage, or for one with its name in front.
     """
 
     name: str
@@ -99,9 +100,26 @@ class Run:
         return [
             "fit",
             *(word for config in configs for word in ("--config", str(config))),
-            *(f"--{name}={value if isinstance(value, str | Path) else json.dumps(value)}" for name, value in options.items()),
-            *self.overrides,
+            *(
+                f"--{name}={value if isinstance(value, str | Path) else json.dumps(value)}"
+                for name, value in options.items()
+            ),
+            *self._overrides(stage),
         ]
+
+    def _overrides(self, stage: Stage) -> list[str]:
+        """The user's options for a stage: those for all, and those that start with its name."""
+        names = {each.name for each in self.recipe.stages}
+        chosen: list[str] = []
+        wanted = True
+        for word in self.overrides:
+            if word.startswith("--"):  # what follows up to the next option are its values
+                name, _, rest = word[2:].partition(".")
+                wanted = name not in names or name == stage.name
+                word = f"--{rest}" if name in names else word
+            if wanted:
+                chosen.append(word)
+        return chosen
 
     def _filled_in(self, stage: Stage) -> dict[str, Any]:
         before = self.recipe.stages[: self.recipe.stages.index(stage)]
@@ -140,7 +158,9 @@ def load_recipe(path: Path) -> Recipe:
         recipe: Recipe = parser.instantiate_classes(parser.parse_object(content if isinstance(content, dict) else {}))
         recipe = Recipe(**vars(recipe))
     except Exception as error:  # jsonargparse raises several kinds
-        raise InputError(f"{path}: {' '.join(str(error).split())}; see configs/recipes for what a recipe holds") from error
+        raise InputError(
+            f"{path}: {' '.join(str(error).split())}; see configs/recipes for what a recipe holds"
+        ) from error
     names = [stage.name for stage in recipe.stages]
     if not names or len(set(names)) < len(names):
         raise InputError(f"{path}: stages are named {names}; expected at least one, each with a name of its own")
@@ -195,10 +215,10 @@ def _remember(run: Run) -> None:
         "recipe": run.name,
         "stages": {stage.name: run.arguments(stage) for stage in run.recipe.stages},
     }
-    if note.is_file():
-        if json.loads(note.read_text(encoding="utf-8")) != facts:
-            raise InputError(f"{run.out}: holds a run with another recipe, data or options; choose another --out")
-        return
+    # A run that never got as far as a checkpoint, such as one with a mistyped option, may be started over differently.
+    there = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else facts
+    if there != facts and any(run.checkpoint(stage).is_file() for stage in there["stages"]):
+        raise InputError(f"{run.out}: holds a run with another recipe, data or options; choose another --out")
     try:
         run.out.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -222,13 +242,14 @@ def parse_arguments(args: list[str] | None) -> Run:
     """Reads the command line.
 
     Raises:
-        InputError: The recipe is wrong, or weights are missing.
+        InputError: The recipe is wrong, a placeholder in it included, or weights are missing.
     """
     parser = argparse.ArgumentParser(
         prog="compress.py",
         allow_abbrev=False,
         description="Run a recipe: train a teacher, prune, quantize, export, report.",
-        epilog="Any further option goes to train.py in every stage, such as --trainer.max_epochs 3. "
+        epilog="Any further option goes to train.py in every stage, such as --trainer.max_epochs 3; with a stage's "
+        "name in front, in that one only: --pruned.trainer.max_epochs 3. "
         "Example: python compress.py configs/recipes/own_photos.yaml --data.root photos --weights retinaface.pth",
     )
     parser.add_argument("recipe", type=Path, help="a file such as configs/recipes/quickstart.yaml")
@@ -242,7 +263,10 @@ def parse_arguments(args: list[str] | None) -> Run:
         raise InputError(f"recipe {name}: starts from trained weights; give them with --weights FILE")
     out = known.out or Path("runs") / name
     root = known.root or Path(recipe.root)
-    return Run(name, recipe, out.resolve(), root.resolve(), known.weights and known.weights.resolve(), overrides)
+    run = Run(name, recipe, out.resolve(), root.resolve(), known.weights and known.weights.resolve(), overrides)
+    for stage in recipe.stages:
+        run.arguments(stage)  # names unknown placeholders now, not when the stage comes
+    return run
 
 
 def main(args: list[str] | None = None) -> None:
@@ -267,4 +291,5 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the running stage ends as well
     main()

@@ -24,6 +24,10 @@ class ChannelPruning(L.Callback):
         global_ranking: Rank the channels of all layers together.
         keep: Modules, with all below them, that lose none of their output channels, such as ``backbone.stage1``.
         max_ratio: No layer loses a larger share than this.
+
+    Raises:
+        InputError: A number is out of range; when a fit begins, ``keep`` names an unknown module, the network is
+            quantized already, or the fit goes on from a checkpoint that was not pruned.
     """
 
     def __init__(
@@ -48,4 +52,15 @@ class ChannelPruning(L.Callback):
         plan = trainer.strategy.broadcast(make_plan(network, self.settings) if trainer.is_global_zero else None)
         assert plan is not None
         apply_plan(network, plan)
+        network.train()  # following the dependencies leaves it in evaluation mode
         pl_module.structure.plans.append(plan)
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, RetinaFaceModule)
+        # A checkpoint to go on from brings its own structure, and it may be that of another stage.
+        if not pl_module.structure.plans:
+            raise InputError(
+                f"{trainer.ckpt_path}: was not pruned, so the pruning stage cannot go on from it; give it as the "
+                "student (--model.init_args.student)"
+            )

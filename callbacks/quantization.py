@@ -24,13 +24,17 @@ class QuantizationAwareTraining(L.Callback):
     Args:
         keep_float: Modules, with all below them, that stay in float, such as ``backbone.stage1`` or ``class_heads``.
         averaging: Weight of the newest batch in the moving average of each activation's range.
-        freeze_at: Share of the epochs after which ranges and batch statistics stand still.
+        freeze_at: Share of the epochs after which ranges and batch statistics stand still, 0 to 1.
+
+    Raises:
+        InputError: A number is out of range; when a fit begins, ``keep_float`` names an unknown module, the network is
+            quantized already, or the fit goes on from a checkpoint that was not prepared for INT8.
     """
 
-    def __init__(
-        self, keep_float: Sequence[str] = HEADS, averaging: float = 0.02, freeze_at: float = 0.5
-    ) -> None:
+    def __init__(self, keep_float: Sequence[str] = HEADS, averaging: float = 0.02, freeze_at: float = 0.5) -> None:
         self.settings = QuantizationSettings(tuple(keep_float), averaging)
+        if not 0 <= freeze_at <= 1:
+            raise InputError(f"quantization: freeze_at is {freeze_at}; expected a share of the epochs from 0 to 1")
         self.freeze_at = freeze_at
 
     @override
@@ -42,6 +46,16 @@ class QuantizationAwareTraining(L.Callback):
             raise InputError("quantization: the network is quantized already; give the checkpoint of the stage before")
         pl_module.network = prepare_for_training(pl_module.network, self.settings)
         pl_module.structure.quantization = self.settings
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, RetinaFaceModule)
+        # A checkpoint to go on from brings its own structure, and it may be that of another stage.
+        if pl_module.structure.quantization is None:
+            raise InputError(
+                f"{trainer.ckpt_path}: was not prepared for INT8, so quantization-aware training cannot go on from it; "
+                "give it as the student (--model.init_args.student)"
+            )
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_modules.detection import LossSettings, OptimizerSettings, RetinaFaceModule
+from lightning_modules.detection import LossSettings, OptimizerSettings, RetinaFaceModule, require_same
 from retinaface.compression.distillation import distillation_loss
 from retinaface.compression.structure import Network, load_network
 from retinaface.errors import InputError
@@ -31,6 +31,10 @@ class DistillationSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.weight <= 1:
             raise InputError(f"distillation: weight is {self.weight}; expected a share from 0 to 1")
+        if self.temperature <= 0:
+            raise InputError(
+                f"distillation: temperature is {self.temperature}; expected more than 0 (1 softens nothing)"
+            )
 
 
 class CompressionModule(RetinaFaceModule):
@@ -47,6 +51,10 @@ class CompressionModule(RetinaFaceModule):
         distillation: How much the teacher counts.
         optimizer: Optimizer and schedule.
         loss: Target assignment and loss against the labels.
+
+    Raises:
+        InputError: A checkpoint cannot be read, the student is quantized, or the teacher's anchors are not the
+            student's.
     """
 
     def __init__(
@@ -64,10 +72,7 @@ class CompressionModule(RetinaFaceModule):
         if teacher is not None:
             self.teacher, structure = load_network(teacher)
             self.teacher.requires_grad_(False)
-            for name in ("anchor_sizes", "strides"):
-                own, others = getattr(self.structure.network, name), getattr(structure.network, name)
-                if [*map(list, own)] != [*map(list, others)] if name == "anchor_sizes" else list(own) != list(others):
-                    raise InputError(f"{teacher}: the teacher's {name} {others} are not the student's {own}")
+            require_same("a teacher", teacher, structure.network, self.structure.network, ("anchor_sizes", "strides"))
 
     @property
     def student(self) -> Network:

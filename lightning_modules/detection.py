@@ -1,7 +1,9 @@
 """Trains and evaluates one detector."""
 
+import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -10,7 +12,9 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
+from retinaface.compression.distillation import DistillationLosses
 from retinaface.compression.structure import Network, Structure, load_float_network
+from retinaface.errors import InputError
 from retinaface.evaluation.wider_ap import WiderFaceAP
 from retinaface.model.anchors import freeze_sizes, make_anchors
 from retinaface.model.checkpoints import load_imagenet_backbone
@@ -37,10 +41,26 @@ class OptimizerSettings:
     warmup: float = 0.05
     weight_decay: float = 5e-4
 
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0 or self.final_learning_rate < 0:
+            raise InputError(
+                f"optimizer: learning_rate is {self.learning_rate} and final_learning_rate {self.final_learning_rate}; "
+                "expected one above 0 and one of 0 or more"
+            )
+        if not 0 <= self.warmup <= 1:
+            raise InputError(f"optimizer: warmup is {self.warmup}; expected a share of the steps from 0 to 1")
+
 
 @dataclass(frozen=True)
 class LossSettings:
-    """See :func:`retinaface.model.losses.assign_targets` and :func:`retinaface.model.losses.detection_loss`."""
+    """See :func:`retinaface.model.losses.assign_targets` and :func:`retinaface.model.losses.detection_loss`.
+
+    Attributes:
+        iou_threshold: Overlap from which an anchor stands for a face.
+        negatives_per_positive: Background anchors that count, the hardest ones, for each that stands for a face.
+        box_weight: Weight of the box loss; the classification loss has 1.
+        landmark_weight: Weight of the landmark loss.
+    """
 
     iou_threshold: float = 0.35
     negatives_per_positive: int = 7
@@ -55,13 +75,16 @@ class RetinaFaceModule(L.LightningModule):
     plain values, and the network is built anew from it when a checkpoint is loaded.
 
     Args:
-        network: The network to build, where ``weights`` does not say.
+        network: The network to build. With ``weights``, which say it better: what backbone and anchors they must have.
         weights: Public RetinaFace file (.pth) or one of this project's checkpoints (.ckpt) to start from.
         activation: Activation to train with from now on instead of the one in ``weights``.
         backbone_weights: File with ImageNet weights of the backbone, or ``imagenet`` for torchvision's; only without
             ``weights``.
         optimizer: Optimizer and schedule.
         loss: Target assignment and loss.
+
+    Raises:
+        InputError: The weights cannot be read, or are those of another network than ``network``.
     """
 
     def __init__(
@@ -85,6 +108,10 @@ class RetinaFaceModule(L.LightningModule):
                 load_imagenet_backbone(self.network, backbone_weights)
         else:
             self.network, self.structure = load_float_network(weights, activation)
+            if network is not None:
+                require_same(
+                    "weights", weights, self.structure.network, network, ("backbone", "anchor_sizes", "strides")
+                )
         self.network.train()
         self.val_ap = WiderFaceAP()
 
@@ -119,8 +146,8 @@ class RetinaFaceModule(L.LightningModule):
         self.log_losses("train", losses, len(batch["images"]))
         return losses.total
 
-    def log_losses(self, name: str, losses: Any, batch_size: int) -> None:
-        """Logs a named tuple of losses and their sum under ``name/``."""
+    def log_losses(self, name: str, losses: Losses | DistillationLosses, batch_size: int) -> None:
+        """Logs the parts of a loss as ``<name>/<part>`` and their sum as ``<name>/loss``."""
         values = {f"{name}/{part}": value.detach() for part, value in losses._asdict().items()}
         self.log_dict(values, batch_size=batch_size)
         self.log(f"{name}/loss", losses.total.detach(), prog_bar=True, batch_size=batch_size)
@@ -137,12 +164,15 @@ class RetinaFaceModule(L.LightningModule):
                 for found, scale in zip(detections, batch["scales"], strict=True)
             ],
             [boxes[mask] for boxes, mask in zip(batch["boxes"], faces, strict=True)],
-            [{subset: counted[index][mask] for subset, counted in batch["counted"].items()} for index, mask in enumerate(faces)],
+            [
+                {subset: counted[index][mask] for subset, counted in batch["counted"].items()}
+                for index, mask in enumerate(faces)
+            ],
         )
 
     def on_validation_epoch_end(self) -> None:
         """Logs the average precision of every subset that the photos are labelled for."""
-        average_precision = self.val_ap.compute()
+        average_precision = self.val_ap.compute()  # over all processes, so each has the same
         self.val_ap.reset()
         self.log_dict({f"val/ap_{subset}": value for subset, value in average_precision.items()})
         self.log("val_ap", average_precision["all"], prog_bar=True, logger=False)
@@ -177,6 +207,26 @@ class RetinaFaceModule(L.LightningModule):
         # start again from nothing.
         self.structure = Structure.from_plain(checkpoint["structure"])
         self.network = self.structure.build().train()
+
+
+def require_same(what: str, path: str, found: NetworkConfig, expected: NetworkConfig, fields: Sequence[str]) -> None:
+    """Checks that a file's network is of the expected kind.
+
+    Args:
+        what: What the file is for.
+        path: The file.
+        found: Its network.
+        expected: What it should be.
+        fields: Names of the fields of :class:`retinaface.model.network.NetworkConfig` that must agree.
+
+    Raises:
+        InputError: Naming the first field that differs.
+    """
+    for name in fields:
+        # As JSON, since lists and tuples stand for the same.
+        has, needed = json.dumps(getattr(found, name)), json.dumps(getattr(expected, name))
+        if has != needed:
+            raise InputError(f"{path}: its {name} {has} is not {needed}; give {what} of the same network")
 
 
 def learning_rate_factor(step: int, steps: int, settings: OptimizerSettings) -> float:

@@ -1,7 +1,7 @@
 """Structured pruning: channels are removed from the tensors, not zeroed.
 
-Torch-Pruning's dependency graph (arXiv:2301.12900) finds what must shrink together: the next convolution's inputs, batch
-norms, depthwise convolutions, both sides of an addition, the parts of a concatenation.
+Torch-Pruning's dependency graph (arXiv:2301.12900) finds what must shrink together: the next convolution's inputs,
+batch norms, depthwise convolutions, both sides of an addition, the parts of a concatenation.
 """
 
 from collections.abc import Sequence
@@ -44,6 +44,8 @@ class PruningSettings:
             raise InputError(f"pruning: ratio is {self.ratio}; expected a share of the channels, from 0 up to below 1")
         if self.round_to < 1:
             raise InputError(f"pruning: round_to is {self.round_to}; expected 1 or more (8 and 16 suit CPUs)")
+        if not 0 < self.max_ratio < 1:
+            raise InputError(f"pruning: max_ratio is {self.max_ratio}; expected a share of the channels between 0 and 1")
 
 
 def make_plan(network: RetinaFace, settings: PruningSettings) -> Plan:
@@ -88,12 +90,13 @@ def apply_plan(network: RetinaFace, plan: Plan) -> None:
     modules = dict(network.named_modules())
     graph = tp.DependencyGraph().build_dependency(network, _example())
     for name, is_output, indices in plan:
-        module, last = modules.get(name), max(indices, default=0)
+        module = modules.get(name)
         width = _width(module, is_output)
-        if last >= width:
+        outside = [index for index in indices if not 0 <= index < width]
+        if outside or not width:
             raise InputError(
-                f"pruning plan: removes channel {last} of {name!r}, which has {width} here; the plan belongs to another "
-                "network"
+                f"pruning plan: removes channel {outside[0] if outside else '-'} of {name!r}, which has {width} here; "
+                "the plan belongs to another network"
             )
         pruner = graph.get_pruner_of_module(module)
         prune_channels = pruner.prune_out_channels if is_output else pruner.prune_in_channels

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import FusedMovingAvgObsFakeQuantize
-from torchao.quantization.pt2e.observer import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
+from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
+from torchao.quantization.pt2e.observer import MovingAverageMinMaxObserver
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
 from torchao.quantization.pt2e.quantizer import (
     QuantizationAnnotation,
@@ -34,6 +35,9 @@ _POOLING = {_ops.max_pool2d.default, _ops.upsample_nearest2d.vec}
 
 HEADS = ("class_heads", "box_heads", "landmark_heads")
 
+# Weights of batch norms are kept from zero, where the channel says nothing anyway.
+_SMALLEST_GAMMA = 1e-6
+
 
 @dataclass(frozen=True)
 class QuantizationSettings:
@@ -47,6 +51,66 @@ class QuantizationSettings:
 
     keep_float: Sequence[str] = field(default=HEADS)
     averaging: float = 0.02
+
+
+class ActivationFakeQuantize(FusedMovingAvgObsFakeQuantize):
+    """Rounds activations to uint8 over the moving average of their range.
+
+    The range is written out as the kernel that rounded in training computed it; left to itself, the observer computes it
+    once more, and not always to the same zero point.
+    """
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, ``(1,)`` each, as last used."""
+        return self.scale, self.zero_point
+
+
+class PerChannelFakeQuantize(FakeQuantizeBase):
+    """Rounds weights to symmetric INT8, one scale per output channel, always that of the weights as they are.
+
+    torchao's fused kernel will not do: its scales are those of -128 to 127 and never below 6.1e-5, ``convert_pt2e``
+    writes those of -127 to 127. The network would be trained with weights that lie on another grid than the exported
+    ones, and the first convolution, whose weights are small since pictures reach to 255, on a very coarse one. torchao's
+    plain module would wait for the device at every weight.
+
+    Args:
+        dtype: Type of the integers.
+        qscheme: As torchao calls it; ``torch.per_channel_symmetric``.
+        quant_min: Smallest integer.
+        quant_max: Largest integer.
+        ch_axis: Dimension of the output channels.
+        is_dynamic: False.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype, qscheme: torch.qscheme, quant_min: int, quant_max: int, ch_axis: int, is_dynamic: bool
+    ) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.qscheme = qscheme
+        self.quant_min = quant_min
+        self.quant_max = quant_max
+        self.ch_axis = ch_axis
+        self.is_dynamic = is_dynamic
+        self.scale = torch.ones(1)
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scales float32 and zero points int64, ``(channels,)`` each, as last used."""
+        return self.scale, torch.zeros_like(self.scale, dtype=torch.int64)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Keeps the shape; gradients pass straight through."""
+        channels_first = weight.detach().float().transpose(0, self.ch_axis).flatten(1)
+        scale = channels_first.abs().amax(dim=1) / self.quant_max
+        self.scale = scale.clamp(min=torch.finfo(torch.float32).eps)
+        return torch.fake_quantize_per_channel_affine(
+            weight,
+            self.scale,
+            torch.zeros_like(self.scale, dtype=torch.int32),
+            self.ch_axis,
+            self.quant_min,
+            self.quant_max,
+        )
 
 
 class OnnxRuntimeQuantizer(Quantizer):
@@ -67,7 +131,7 @@ class OnnxRuntimeQuantizer(Quantizer):
             quant_min=0,
             quant_max=255,
             qscheme=torch.per_tensor_affine,
-            observer_or_fake_quant_ctr=FusedMovingAvgObsFakeQuantize.with_args(
+            observer_or_fake_quant_ctr=ActivationFakeQuantize.with_args(
                 observer=MovingAverageMinMaxObserver, averaging_constant=settings.averaging
             ),
         )
@@ -77,10 +141,7 @@ class OnnxRuntimeQuantizer(Quantizer):
             quant_max=127,
             qscheme=torch.per_channel_symmetric,
             ch_axis=0,
-            # The weights are known exactly: the newest range is the range.
-            observer_or_fake_quant_ctr=FusedMovingAvgObsFakeQuantize.with_args(
-                observer=MovingAveragePerChannelMinMaxObserver, averaging_constant=1.0
-            ),
+            observer_or_fake_quant_ctr=PerChannelFakeQuantize,
         )
 
     def annotate(self, model: GraphModule) -> GraphModule:
@@ -213,7 +274,7 @@ class FakeQuantizedRetinaFace(nn.Module):
                 node.update_arg(1, int(live))  # number of batches seen by a batch norm
         self.graph.recompile()
         for module in self.graph.modules():
-            if isinstance(module, FusedMovingAvgObsFakeQuantize) and not module.is_per_channel:
+            if isinstance(module, ActivationFakeQuantize):
                 module.enable_observer(live)
         self._mode = live
 
@@ -250,6 +311,9 @@ def _export(network: RetinaFace) -> GraphModule:
     for module in network.modules():
         if isinstance(module, nn.ReLU | nn.LeakyReLU):
             module.inplace = False  # an observer must see what goes in and what comes out
+        elif isinstance(module, nn.BatchNorm2d):
+            # Training divides by the batch norm's weight after rounding; a zero would end in NaN.
+            module.weight.data[module.weight.abs() < _SMALLEST_GAMMA] = _SMALLEST_GAMMA
     auto = torch.export.Dim.AUTO
     example = torch.zeros(2, 3, 96, 128)
     program = torch.export.export(network, (example,), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
@@ -289,14 +353,23 @@ def _part_float_convolutions(graph: GraphModule, keep_float: Sequence[str]) -> N
     graph.recompile()
 
 
-def _fold_float_convolutions(graph: GraphModule) -> None:
-    """Undoes :func:`_part_float_convolutions` and folds batch norm into convolution."""
+def _fold_batch_norms(graph: GraphModule) -> None:
+    """Folds every batch norm into its convolution, in the weights before they are rounded.
+
+    torchao would do it for the quantized ones, at the price of a hundred exports of its search patterns (15 seconds).
+    """
     for node in list(graph.graph.nodes):
-        if node.target is _ops.alias.default:
-            convolution, batch_norm = node.args[0], next(iter(node.users))
-            node.replace_all_uses_with(convolution)
-            graph.graph.erase_node(node)
-            fold_bn_weights_into_conv_node(convolution, convolution.args[1], None, batch_norm, graph)
+        if node.target is _ops.batch_norm.default:
+            source = node.args[0]  # the rescaling that training needs, or the no-op of a convolution in float
+            convolution = source.args[0]
+            weight = convolution.args[1]
+            if weight.op == "call_module":  # rounds the weight times the batch norm's scale; now the folded weight
+                rounding, weight = weight, weight.args[0].args[0]
+                rounding.update_arg(0, weight)
+            node.update_arg(0, convolution)
+            fold_bn_weights_into_conv_node(convolution, weight, None, node, graph)
+        elif node.target is _ops.add_.Tensor:
+            graph.graph.erase_node(node)  # number of batches seen
     graph.graph.eliminate_dead_code()
     graph.recompile()
 
@@ -312,8 +385,8 @@ def convert(network: FakeQuantizedRetinaFace) -> GraphModule:
     """
     network = deepcopy(network).cpu().eval()
     with torch.no_grad():
+        _fold_batch_norms(network.graph)
         network(torch.zeros(1, 3, 64, 64))  # the ranges of the weights as they are now
     converted = convert_pt2e(network.graph)
-    _fold_float_convolutions(converted)
     assert isinstance(converted, GraphModule)
     return converted

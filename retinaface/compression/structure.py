@@ -75,10 +75,14 @@ def load_network(path: Path | str) -> tuple[Network, Structure]:
         return network, Structure(network.config)
     try:
         structure = Structure.from_plain(content["structure"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: the record of the network's structure is damaged ({error})") from error
-    built = structure.build()
-    state = {k.removeprefix(_PREFIX): v for k, v in content["state_dict"].items() if k.startswith(_PREFIX)}
+        weights = content["state_dict"]
+        state = {key.removeprefix(_PREFIX): value for key, value in weights.items() if key.startswith(_PREFIX)}
+        built = structure.build()
+    except (AttributeError, KeyError, TypeError, ValueError, InputError) as error:
+        raise InputError(
+            f"{path}: the record of the network's structure is damaged ({type(error).__name__}: {error}); give a checkpoint "
+            "as it was written, by this version"
+        ) from error
     if isinstance(built, RetinaFace):
         load_matching(built, state, str(path))
     else:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ def detect_files(
     console = Console(stderr=True)
     found: dict[str, Detections] = {}
     unreadable = []
+    images = list(dict.fromkeys(images))
+    taken: set[str] = set()
     for path in track(images, "detecting", console=console, transient=True, disable=not console.is_terminal):
         try:
             image = read_image(path)
@@ -62,13 +65,32 @@ def detect_files(
         faces = detector.detect(image, score_threshold, nms_threshold)
         found[str(path)] = faces
         picture = draw(image, faces.boxes.numpy(), faces.scores.numpy(), faces.landmarks.numpy())
-        cv2.imwrite(str(_free_name(out, path, images)), picture)
+        copy = out / _copy_name(path, images, taken)
+        if not cv2.imwrite(str(copy), picture):
+            raise InputError(f"{copy}: cannot be written; choose another --out")
     content = {path: {key: value.tolist() for key, value in faces._asdict().items()} for path, faces in found.items()}
-    (out / "detections.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    try:
+        (out / "detections.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"{out / 'detections.json'}: cannot be written ({error.strerror}); choose another --out"
+        ) from error
     return found, unreadable
 
 
-def _free_name(out: Path, path: Path, images: Sequence[Path]) -> Path:
-    """Where the annotated copy goes: the photo's own name, with its folder where several photos share the name."""
+def _copy_name(path: Path, images: Sequence[Path], taken: set[str]) -> str:
+    """Name of the annotated copy: the photo's own, with folder and number as far as it takes to tell it from the others.
+
+    Args:
+        path: The photo.
+        images: All photos.
+        taken: Names in use, in lower case since not every file system tells ``A.jpg`` from ``a.jpg``; the new one is
+            added.
+    """
     shared = sum(other.name == path.name for other in images) > 1
-    return out / (f"{path.parent.name}_{path.name}" if shared else path.name)
+    stem = f"{path.absolute().parent.name}_{path.stem}" if shared else path.stem
+    suffix = path.suffix if cv2.haveImageWriter(path.name) else ".png"
+    names = (f"{stem}{number}{suffix}" for number in chain([""], (f"_{n}" for n in count(2))))
+    name = next(name for name in names if name.lower() not in taken)
+    taken.add(name.lower())
+    return name

@@ -47,7 +47,9 @@ def export_onnx(network: Network, path: Path) -> None:
         RuntimeError: ONNX Runtime's outputs differ from torch's; a fault of this project.
     """
     quantized = isinstance(network, FakeQuantizedRetinaFace)
-    graph: nn.Module = convert(network) if isinstance(network, FakeQuantizedRetinaFace) else deepcopy(network).cpu().eval()
+    graph: nn.Module = (
+        convert(network) if isinstance(network, FakeQuantizedRetinaFace) else deepcopy(network).cpu().eval()
+    )
     model = _to_onnx(graph)
     entry = model.metadata_props.add()
     entry.key = METADATA_KEY

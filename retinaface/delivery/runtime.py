@@ -105,14 +105,18 @@ def _load_onnx(path: Path, threads: int | None) -> Detector:
     except Exception as error:  # ONNX Runtime's own exceptions have no common base
         raise InputError(f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0][:160]})") from error
     metadata = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-    if metadata is None:
-        raise InputError(f"{path}: has no anchors in its metadata; export it with `python -m retinaface export`")
+    try:
+        config = NetworkConfig(**json.loads(metadata)["network"])
+    except (KeyError, TypeError, ValueError) as error:  # a TypeError too where there are none
+        raise InputError(
+            f"{path}: has no anchors in its metadata; export it with `python -m retinaface export`"
+        ) from error
 
     def run(images: Tensor) -> Outputs:
         class_logits, box_deltas, landmark_deltas = session.run(list(OUTPUT_NAMES), {INPUT_NAME: images.numpy()})
         return torch.from_numpy(class_logits), torch.from_numpy(box_deltas), torch.from_numpy(landmark_deltas)
 
-    return Detector(NetworkConfig(**json.loads(metadata)["network"]), run, "onnxruntime")
+    return Detector(config, run, "onnxruntime")
 
 
 def available_cpus() -> int:

@@ -67,7 +67,7 @@ def evaluate(model: Path, root: Path, threads: int | None = None) -> Evaluation:
     areas = {subset: area_under(curve) for subset, curve in curves.items()}
     return Evaluation(
         ap={subset: _known(areas.get(subset, math.nan)) for subset in SUBSETS},
-        curves=curves,
+        curves={subset: curve for subset, curve in curves.items() if not math.isnan(areas[subset])},
         photos=len(samples),
         faces=int(sum(sample.counted["all"].sum() for sample in samples)),
         images_per_second=len(samples) / seconds,

@@ -60,7 +60,7 @@ def build_report(
             "faces": evaluations[teacher["name"]].faces,
         },
         "models": models,
-        "retention": final["ap"]["all"] / teacher["ap"]["all"] if teacher["ap"]["all"] and final["ap"]["all"] else None,
+        "retention": _kept(final, teacher),
         "speedup": timing.ratio,
         "speedup_interval": [timing.ratio_low, timing.ratio_high],
         "benchmark": {"size": size, "threads": timing.threads, "rounds": timing.rounds, "runtime": "onnxruntime"},
@@ -69,7 +69,8 @@ def build_report(
     (folder / "report.md").write_text(report_markdown(report), encoding="utf-8")
     plot_report(models, folder / "report.png")
     plot_precision_recall(
-        {name: evaluation.curves["all"] for name, evaluation in evaluations.items()}, folder / "precision_recall.png"
+        {name: evaluation.curves["all"] for name, evaluation in evaluations.items() if "all" in evaluation.curves},
+        folder / "precision_recall.png",
     )
     return report
 
@@ -91,17 +92,22 @@ def _model(
     }
 
 
+def _kept(model: Mapping[str, Any], teacher: Mapping[str, Any]) -> float | None:
+    """Share of the teacher's AP (all); None where there is nothing to keep, or no face to find."""
+    own, whole = model["ap"]["all"], teacher["ap"]["all"]
+    return own / whole if own is not None and whole else None
+
+
 HEADINGS = ("model", *(f"AP {subset}" for subset in SUBSETS), "kept", "params", "GMACs", "ONNX", "ms", "speed-up")
 
 
 def report_rows(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """The report's table: a row per model under :data:`HEADINGS`, relative figures against the first."""
-    base = models[0]["ap"]["all"]
     return [
         [
             model["name"],
             *("-" if (value := model["ap"][subset]) is None else f"{value:.3f}" for subset in SUBSETS),
-            f"{model['ap']['all'] / base:.1%}" if base and model["ap"]["all"] is not None else "-",
+            "-" if (kept := _kept(model, models[0])) is None else f"{kept:.1%}",
             f"{model['params'] / 1e6:.3f} M",
             f"{model['macs'] / 1e9:.3f}",
             f"{model['onnx_bytes'] / 1e6:.2f} MB",
@@ -126,14 +132,15 @@ def report_markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown, with what was measured and how."""
     machine, data, timing = report["machine"], report["data"], report["benchmark"]
     final = report["models"][-1]["name"]
-    kept = "unknown (AP of the teacher is 0)" if report["retention"] is None else f"{report['retention']:.1%}"
+    kept = "an unknown share" if report["retention"] is None else f"{report['retention']:.1%}"
+    why = "" if report["models"][0]["ap"]["all"] else " (the teacher finds no face, so there is nothing to keep)"
     low, high = report["speedup_interval"]
     interval = "" if low is None else f" (95 % interval {low:.2f}-{high:.2f})"
     table = [HEADINGS, ["---", *["---:"] * (len(HEADINGS) - 1)], *report_rows(report["models"])]
     lines = [
         f"# {report['recipe']}",
         "",
-        f"The final model ({final}) keeps **{kept}** of the teacher's average precision (all) and is "
+        f"The final model ({final}) keeps **{kept}** of the teacher's average precision (all){why} and is "
         f"**{report['speedup']:.2f}x** as fast{interval}.",
         "",
         *(f"| {' | '.join(row)} |" for row in table),
@@ -145,13 +152,14 @@ def report_markdown(report: Mapping[str, Any]) -> str:
         "## How it was measured",
         "",
         f"- **Accuracy:** average precision at IoU 0.5 with the WIDER FACE protocol on the {data['photos']} validation "
-        f"photos ({data['faces']} valid faces) under `{data['root']}`, which no model was trained on; each photo at its "
-        "own size, score from 0.02, NMS at 0.4; every model as ONNX in ONNX Runtime. `all` counts every valid face; "
-        "easy, medium and hard need the official `.mat` files.",
+        f"photos ({data['faces']} valid faces) under `{data['root']}`, which no model was trained on; each photo at "
+        "its own size, score from 0.02, NMS at 0.4; every model as ONNX in ONNX Runtime. `all` counts every valid "
+        "face; easy, medium and hard need the official `.mat` files.",
         f"- **Time:** {timing['rounds']} rounds at 1x3x{timing['size']}x{timing['size']}, the models in turns, ONNX "
         f"Runtime on the CPU, {timing['threads']} threads; medians, and the median of the ratio to the first model per "
         "round. Post-processing is not included.",
-        f"- **Parameters and GMACs:** of the float network of the same shape; MACs at {timing['size']}x{timing['size']}.",
+        "- **Parameters and GMACs:** of the float network of the same shape; MACs at "
+        f"{timing['size']}x{timing['size']}.",
         f"- **Machine:** {machine['cpu']}, {machine['cores']} cores, INT8 instructions: "
         f"{', '.join(machine['flags']) or 'unknown'}; {machine['os']}.",
         f"- **Versions:** Python {machine['python']}, torch {machine['torch']}, lightning {machine['lightning']}, "

@@ -1,0 +1,162 @@
+"""Whole small stages, each run once for all tests that look at it."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train
+
+ROOT = Path(__file__).parents[2]
+EPOCHS = 3
+
+
+@dataclass
+class StageRun:
+    """A stage that has run: its CLI, its folder and the arguments without those that name the folder."""
+
+    cli: train.RetinaFaceCLI
+    folder: Path
+    arguments: list[str]
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoints" / "last.ckpt"
+
+
+def stage_arguments(stage: str, root: Path, *more: str) -> list[str]:
+    """``train.py fit`` for a stage of ``configs/stage``: 2 steps an epoch."""
+    configs = [ROOT / "configs" / name for name in ("default.yaml", "data/wider_face.yaml", f"stage/{stage}.yaml")]
+    return [
+        "fit",
+        *(f"--config={config}" for config in configs),
+        f"--data.init_args.root={root}",
+        "--data.init_args.train_size=64",
+        "--data.init_args.batch_size=4",
+        "--data.init_args.num_workers=0",
+        f"--trainer.max_epochs={EPOCHS}",
+        "--trainer.log_every_n_steps=1",
+        *more,
+    ]
+
+
+def in_folder(folder: Path) -> list[str]:
+    return [f"--trainer.default_root_dir={folder}", f"--checkpoint.dirpath={folder / 'checkpoints'}"]
+
+
+@pytest.fixture(scope="session")
+def run_stage() -> Callable[..., train.RetinaFaceCLI]:
+    """Runs ``train.py`` in this process."""
+
+    def run(arguments: list[str], folder: Path, *more: str) -> train.RetinaFaceCLI:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["train.py"])
+            return train.main([*arguments, *in_folder(folder), *more])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_process() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs ``train.py`` in a process of its own, with the callbacks of ``stage_process.py``."""
+
+    def run(arguments: list[str], folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(Path(__file__).with_name("stage_process.py"))]
+        return subprocess.run(
+            [*command, *arguments, *in_folder(folder), *more],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def pruned_run(
+    tiny_root: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, run_stage: Any
+) -> StageRun:
+    """The pruning stage."""
+    folder = tmp_path_factory.mktemp("pruned")
+    start = [f"--model.init_args.{role}={tiny_checkpoint}" for role in ("student", "teacher")]
+    arguments = stage_arguments("prune", tiny_root, *start)
+    return StageRun(run_stage(arguments, folder), folder, arguments)
+
+
+@pytest.fixture(scope="session")
+def quantized_run(
+    tiny_root: Path,
+    tiny_checkpoint: Path,
+    pruned_run: StageRun,
+    tmp_path_factory: pytest.TempPathFactory,
+    run_stage: Any,
+) -> StageRun:
+    """The stage of quantization-aware training, after pruning; ranges stand still in the last epoch only."""
+    folder = tmp_path_factory.mktemp("quantized")
+    start = [f"--model.init_args.student={pruned_run.checkpoint}", f"--model.init_args.teacher={tiny_checkpoint}"]
+    arguments = stage_arguments("qat", tiny_root, *start)
+    return StageRun(run_stage(arguments, folder), folder, arguments)
+
+
+@pytest.fixture(scope="session")
+def check_resume(run_stage: Any, run_process: Any) -> Callable[[StageRun, Path], None]:
+    """Kills a copy of a run in its second epoch, lets it go on, and compares where both end, to the last bit."""
+
+    def check(uninterrupted: StageRun, folder: Path) -> None:
+        crash = run_process(uninterrupted.arguments, folder, "--trainer.callbacks+=stage_process.KillInSecondEpoch")
+        assert crash.returncode == -signal.SIGKILL, crash.stderr
+        last = folder / "checkpoints" / "last.ckpt"
+        assert torch.load(last, weights_only=True)["epoch"] == 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("callbacks.export.export_onnx", lambda network, path: None)  # takes seconds, changes nothing
+            run_stage(uninterrupted.arguments, folder, f"--ckpt_path={last}")
+        resumed, expected = (torch.load(path, weights_only=True) for path in (last, uninterrupted.checkpoint))
+        assert resumed["global_step"] == expected["global_step"]
+        assert_same_state(resumed["state_dict"], expected["state_dict"])
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def check_two_processes(run_stage: Any, run_process: Any) -> Callable[[list[str], Path], None]:
+    """Runs one epoch of a stage in two processes, which must agree."""
+
+    def check(arguments: list[str], folder: Path) -> None:
+        result = run_process(
+            arguments,
+            folder,
+            "--data.init_args.batch_size=2",
+            "--trainer.max_epochs=1",
+            "--trainer.accelerator=cpu",
+            "--trainer.devices=2",
+            "--trainer.strategy=ddp",
+            "--trainer.callbacks+=stage_process.SaveEveryRank",
+        )
+        assert result.returncode == 0, result.stderr
+        first, second = (torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(2))
+        assert_same_state(second["before"], first["before"])
+        assert_same_state(second["after"], first["after"])
+        for name in first["trained"]:
+            assert not torch.equal(first["after"][name], first["before"][name]), name
+        # 5 photos over 2 processes: one is seen twice, and counts once, as in a single process.
+        assert sorted(first["seen"] + second["seen"]) == [0, 0, 1, 2, 3, 4]
+        assert first["ap"] == second["ap"]
+        alone = run_stage(["validate", *arguments[1:]], folder, f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}")
+        assert float(alone.trainer.callback_metrics["val/ap_all"]) == first["ap"]
+
+    return check
+
+
+def assert_same_state(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    different = [name for name in expected if not torch.equal(actual[name], expected[name])]
+    assert not different

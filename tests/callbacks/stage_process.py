@@ -1,0 +1,51 @@
+"""Runs train.py with more callbacks, for tests that need processes of their own: ``python stage_process.py fit ...``.
+
+As ``stage_process.<class>`` the callbacks can be named on the command line.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import lightning as L
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import callbacks.export
+import train
+
+
+class KillInSecondEpoch(L.Callback):
+    """Ends the process without warning, as a crash would."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.current_epoch == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class SaveEveryRank(L.Callback):
+    """Saves each process's network before and after training, and the photos its metric saw."""
+
+    def on_fit_start(self, trainer, pl_module) -> None:
+        self.before = {name: value.clone() for name, value in pl_module.network.state_dict().items()}
+
+    def on_validation_epoch_end(self, trainer, pl_module) -> None:
+        self.seen = [int(row[0, 0]) for row in pl_module.val_ap.photos]
+
+    def on_fit_end(self, trainer, pl_module) -> None:
+        content = {
+            "before": self.before,
+            "after": pl_module.network.state_dict(),
+            "trained": [name for name, _ in pl_module.network.named_parameters()],
+            "ap": float(trainer.callback_metrics["val/ap_all"]),
+            "seen": self.seen,
+        }
+        torch.save(content, Path(trainer.default_root_dir) / f"rank_{trainer.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    callbacks.export.export_onnx = lambda network, path: None  # takes seconds and changes nothing that is compared
+    train.main()

@@ -1,0 +1,45 @@
+import json
+
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+from callbacks import ExportOnnx
+from retinaface.compression.structure import load_network
+
+
+def outputs(file, images):
+    return ort.InferenceSession(file, providers=["CPUExecutionProvider"]).run(None, {"images": images.numpy()})
+
+
+def test_float_stage_leaves_a_float_file_in_its_folder(pruned_run):
+    file = pruned_run.folder / "model.onnx"
+    assert all(initializer.data_type != onnx.TensorProto.INT8 for initializer in onnx.load(file).graph.initializer)
+    network, _ = load_network(pruned_run.checkpoint)
+    images = torch.rand(2, 3, 96, 64) * 255 - 110
+    with torch.no_grad():
+        expected = network(images)
+    for want, got in zip(expected, outputs(file, images), strict=True):
+        assert torch.allclose(want, torch.from_numpy(got), atol=1e-3)
+
+
+def test_quantized_stage_leaves_an_int8_file_in_its_folder(quantized_run):
+    model = onnx.load(quantized_run.folder / "model.onnx")
+    assert sum(initializer.data_type == onnx.TensorProto.INT8 for initializer in model.graph.initializer) > 20
+    facts = next(json.loads(entry.value) for entry in model.metadata_props if entry.key == "retinaface_slim")
+    assert facts["precision"] == "int8"
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_path_and_first_process(chosen, pruned_run, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr("callbacks.export.export_onnx", lambda network, path: written.append(path))
+    trainer = pruned_run.cli.trainer
+    path = tmp_path / "elsewhere.onnx" if chosen else pruned_run.folder / "model.onnx"
+    callback = ExportOnnx(str(path) if chosen else None)
+    callback.on_fit_end(trainer, pruned_run.cli.model)
+    assert written == [path]
+    monkeypatch.setattr(type(trainer), "is_global_zero", False)
+    callback.on_fit_end(trainer, pruned_run.cli.model)
+    assert written == [path]

@@ -1,0 +1,83 @@
+import cv2
+import lightning as L
+import numpy as np
+import pytest
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+
+from callbacks import ImageLogging
+from datamodules import WiderFaceDataModule
+from lightning_modules import RetinaFaceModule
+from retinaface.model.network import NetworkConfig
+
+
+def test_a_sheet_an_epoch(pruned_run):
+    sheets = sorted((pruned_run.folder / "detections").iterdir())
+    assert [sheet.name for sheet in sheets] == ["epoch_000.jpg", "epoch_001.jpg", "epoch_002.jpg"]
+    picture = cv2.imread(str(sheets[0]))
+    assert picture.shape[1] == 1600
+    assert picture.std() > 10  # photos, not a blank sheet
+
+
+@pytest.mark.parametrize(
+    ("logger_class", "method"), [(WandbLogger, "log_image"), (TensorBoardLogger, "experiment.add_image")]
+)
+def test_sheet_of_the_first_photos_goes_to_the_logger(
+    logger_class, method, tiny_root, tmp_path, monkeypatch, mocker_for
+):
+    logger, calls = mocker_for(logger_class, method)
+    drawn = []
+    real = ImageLogging.on_validation_batch_end
+
+    def count(self, *arguments):
+        real(self, *arguments)
+        drawn.append(len(self._drawn))
+
+    monkeypatch.setattr(ImageLogging, "on_validation_batch_end", count)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        callbacks=[ImageLogging(photos=3)],
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+    )
+    trainer.loggers = [logger]
+    data = WiderFaceDataModule(tiny_root, val_batch_size=2, num_workers=0)
+    trainer.validate(RetinaFaceModule(NetworkConfig(channels=16)), data, verbose=False)
+    assert drawn == [2, 3, 3]
+    assert len(calls) == 1
+    name, sheet, *_ = calls[0]
+    assert name == "val/detections"
+    sheet = np.asarray(sheet[0] if isinstance(sheet, list) else sheet)
+    written = cv2.imread(str(tmp_path / "detections" / "epoch_000.jpg"))
+    assert np.abs(sheet[..., ::-1].astype(int) - written).mean() < 6  # RGB there, BGR here; JPEG in between
+
+
+@pytest.fixture
+def mocker_for(monkeypatch):
+    """A logger of a class, without its service, and the calls of one of its methods."""
+
+    def make(logger_class, method):
+        calls = []
+
+        class Fake(logger_class):
+            name = version = "fake"
+            save_dir = log_dir = root_dir = None
+            experiment = None
+
+            def __init__(self):
+                pass
+
+            def log_metrics(self, metrics, step=None): ...
+            def log_hyperparams(self, *args, **kwargs): ...
+            def log_graph(self, *args, **kwargs): ...
+            def save(self): ...
+            def finalize(self, status): ...
+
+        logger = Fake()
+        if method.startswith("experiment."):
+            Fake.experiment = type("Experiment", (), {"add_image": lambda self, *args, **kwargs: calls.append(args)})()
+        else:
+            setattr(logger, method, lambda *args: calls.append(args))
+        return logger, calls
+
+    return make

@@ -1,0 +1,112 @@
+import lightning as L
+import pytest
+import torch
+
+from callbacks import QuantizationAwareTraining
+from datamodules import WiderFaceDataModule
+from lightning_modules import CompressionModule
+from retinaface.compression.quantization import FakeQuantizedRetinaFace
+from retinaface.compression.structure import load_network
+from retinaface.errors import InputError
+
+
+class Watch(L.Callback):
+    """Copies batch statistics and ranges of activations after each epoch's training and after its validation."""
+
+    def __init__(self):
+        self.trained, self.validated = [], []
+
+    def on_validation_start(self, trainer, pl_module):
+        self.trained.append(self.copy(pl_module))
+
+    def on_validation_end(self, trainer, pl_module):
+        self.validated.append(self.copy(pl_module))
+
+    def copy(self, pl_module):
+        state = pl_module.network.state_dict()
+        statistics = {k: v.clone() for k, v in state.items() if k.endswith(("running_mean", "running_var"))}
+        # Ranges of the weights have a value per channel and follow the weights.
+        ranges = {k: v.clone() for k, v in state.items() if k.endswith(("min_val", "max_val")) and v.numel() == 1}
+        return statistics, ranges
+
+
+def moved(before, after):
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_statistics_and_ranges_move_in_training_alone_until_they_freeze(tiny_root, tiny_checkpoint, tmp_path):
+    watch = Watch()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        callbacks=[QuantizationAwareTraining(freeze_at=0.6), watch],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=tmp_path,
+    )
+    module = CompressionModule(str(tiny_checkpoint), str(tiny_checkpoint))
+    trainer.fit(module, datamodule=WiderFaceDataModule(tiny_root, train_size=64, batch_size=4, num_workers=0))
+
+    for before, after in zip(watch.trained, watch.validated, strict=True):
+        for kind in range(2):
+            assert before[kind]
+            assert not moved(before[kind], after[kind])
+    statistics, ranges = watch.validated[0]
+    assert moved(statistics, watch.trained[1][0]) == set(statistics)
+    assert len(moved(ranges, watch.trained[1][1])) > 0.5 * len(ranges)  # a lower end at 0 after a ReLU stays there
+    for kind in range(2):
+        assert not moved(watch.validated[1][kind], watch.trained[2][kind])  # frozen: 2 of 3 epochs are over
+
+
+def test_student_is_quantized_and_every_parameter_trained(quantized_run, pruned_run):
+    module = quantized_run.cli.model
+    assert isinstance(module.network, FakeQuantizedRetinaFace)
+    assert module.structure.quantization is not None
+    start = CompressionModule(str(pruned_run.checkpoint))
+    QuantizationAwareTraining().setup(quantized_run.cli.trainer, start, "fit")
+    before = dict(start.network.named_parameters())
+    same = [name for name, value in module.network.named_parameters() if torch.equal(value, before[name])]
+    assert not same  # so the optimizer held the parameters of the quantized graph
+
+
+def test_checkpoint_rebuilds_the_trained_student(quantized_run):
+    network, structure = load_network(quantized_run.checkpoint)
+    assert len(structure.plans) == 1
+    images = torch.rand(1, 3, 64, 96) * 255 - 110
+    trained = quantized_run.cli.model.network.eval()
+    with torch.no_grad():
+        for expected, actual in zip(trained(images), network(images), strict=True):
+            assert torch.equal(expected, actual)
+
+
+def test_killed_and_resumed_run_ends_like_an_uninterrupted_one(quantized_run, tmp_path, check_resume):
+    check_resume(quantized_run, tmp_path)
+
+
+def test_two_processes_end_with_the_same_trained_parameters(quantized_run, tmp_path, check_two_processes):
+    check_two_processes(quantized_run.arguments, tmp_path)
+
+
+def test_refuses_a_quantized_network(quantized_run, tiny_checkpoint):
+    with pytest.raises(InputError, match=r"quantization.*quantized already"):
+        QuantizationAwareTraining().setup(quantized_run.cli.trainer, quantized_run.cli.model, "fit")
+    with pytest.raises(InputError, match="quantized already"):
+        CompressionModule(str(quantized_run.checkpoint), str(tiny_checkpoint))
+
+
+def test_refuses_to_resume_from_another_stage(tiny_root, pruned_run, quantized_run, tmp_path, run_stage, capsys):
+    with pytest.raises(SystemExit):
+        run_stage(quantized_run.arguments, tmp_path, f"--ckpt_path={pruned_run.checkpoint}")
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(f"error: {pruned_run.checkpoint}: was not prepared for INT8")
+
+
+def test_bad_settings_are_named():
+    with pytest.raises(InputError, match="freeze_at is 2"):
+        QuantizationAwareTraining(freeze_at=2)
+    module = CompressionModule()
+    with pytest.raises(InputError, match="nowhere"):
+        QuantizationAwareTraining(keep_float=["nowhere"]).setup(L.Trainer(logger=False), module, "fit")

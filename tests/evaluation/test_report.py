@@ -1,0 +1,105 @@
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from retinaface.delivery.export import export_onnx
+from retinaface.evaluation import report as module
+from retinaface.evaluation.evaluate import Evaluation
+from retinaface.evaluation.report import build_report, report_markdown, report_rows, report_table
+from retinaface.evaluation.wider_ap import Curve
+
+NAMES = ("teacher", "pruned", "int8")
+
+
+def evaluation(ap):
+    curve = Curve(np.linspace(0, 1, 5), np.ones(5))
+    known = {"easy": None, "medium": None, "hard": None}
+    curves = {} if ap is None else {"all": curve}
+    return Evaluation({"all": ap, **known}, curves, photos=5, faces=9, images_per_second=1.0, runtime="onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, build_network):
+    """A run's folder with a small ONNX file a model."""
+    folder = tmp_path_factory.mktemp("run")
+    export_onnx(build_network(channels=16), folder / "teacher.onnx")
+    for name in NAMES[1:]:
+        (folder / f"{name}.onnx").write_bytes((folder / "teacher.onnx").read_bytes())
+    return folder
+
+
+@pytest.fixture
+def build(files, tiny_checkpoint, tiny_root, monkeypatch):
+    """Builds a report of models with given AP."""
+
+    def call(*ap):
+        answers = iter(map(evaluation, ap))
+        monkeypatch.setattr(module, "evaluate", lambda model, root: next(answers))
+        checkpoints = dict.fromkeys(NAMES[: len(ap)], tiny_checkpoint)
+        result = build_report(files, "demo", checkpoints, tiny_root, size=64, threads=1)
+        text = (files / "report.json").read_text()
+        assert "NaN" not in text
+        assert json.loads(text) == result
+        assert (files / "report.md").read_text() == report_markdown(result)
+        return result
+
+    return call
+
+
+def test_keys_are_those_that_were_promised(build, files):
+    report = build(0.8, 0.76, 0.78)
+    assert {"recipe", "machine", "models", "retention", "speedup"} <= report.keys()
+    assert report["recipe"] == "demo"
+    assert {"cpu", "flags", "threads", "torch", "lightning", "torchao", "onnxruntime"} <= report["machine"].keys()
+    assert [model["name"] for model in report["models"]] == list(NAMES)
+    for model in report["models"]:
+        assert {"name", "ap", "params", "macs", "onnx_bytes", "latency_ms_median"} <= model.keys()
+        assert list(model["ap"]) == ["all", "easy", "medium", "hard"]
+        assert model["onnx_bytes"] == (files / f"{model['name']}.onnx").stat().st_size
+        assert model["params"] > 1e5
+        assert model["macs"] > 1e6
+        assert model["latency_ms_median"] > 0
+    assert report["retention"] == pytest.approx(0.78 / 0.8)
+    assert report["speedup"] == report["models"][-1]["speedup"]
+    assert report["models"][0]["speedup"] == 1
+    for name in ("report.png", "precision_recall.png"):
+        assert (files / name).stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("ap", "retention", "sentence"),
+    [
+        ((0.8, 0.4), 0.5, "keeps **50.0%** of the teacher's"),
+        ((0.8, 0.0), 0.0, "keeps **0.0%** of the teacher's"),
+        ((0.0, 0.4), None, "keeps **an unknown share** of the teacher's average precision (all) (the teacher finds no"),
+        ((None, None), None, "keeps **an unknown share** of the teacher's"),
+    ],
+)
+def test_retention_and_what_is_said_of_it(ap, retention, sentence, build):
+    report = build(*ap)
+    assert report["retention"] == retention
+    assert sentence in report_markdown(report)
+
+
+def test_rows_and_tables(build):
+    report = build(0.8, None, 0.78)
+    rows = report_rows(report["models"])
+    assert [row[0] for row in rows] == list(NAMES)
+    assert [row[1] for row in rows] == ["0.800", "-", "0.780"]
+    assert [row[5] for row in rows] == ["100.0%", "-", "97.5%"]
+    markdown = report_markdown(report)
+    for row in rows:
+        assert f"| {' | '.join(row)} |" in markdown
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(report_table(report))
+    assert all(cell in shown.get() for row in rows for cell in row)
+
+
+def test_a_real_report_of_one_model(files, tiny_checkpoint, tiny_root):
+    report = build_report(files, "demo", {"teacher": tiny_checkpoint}, tiny_root, size=64, threads=1)
+    assert report["data"]["photos"] == 5
+    assert 0 <= report["models"][0]["ap"]["all"] <= 1
+    assert report["models"][0]["ap"]["easy"] is None

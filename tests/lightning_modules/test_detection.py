@@ -1,0 +1,136 @@
+import math
+from itertools import pairwise
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from datamodules import WiderFaceDataModule
+from lightning_modules import RetinaFaceModule
+from lightning_modules.detection import OptimizerSettings, learning_rate_factor
+from retinaface.errors import InputError
+from retinaface.model.network import NetworkConfig
+
+
+@pytest.fixture(scope="module")
+def fitted(tiny_root, tmp_path_factory):
+    """A module after 2 epochs of 2 steps, its trainer, and its parameters before."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("fit")
+    module = RetinaFaceModule(NetworkConfig(channels=16), optimizer=OptimizerSettings(warmup=0.5))
+    before = {name: value.detach().clone() for name, value in module.named_parameters()}
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        logger=CSVLogger(folder, name="", version=""),
+        callbacks=[L.pytorch.callbacks.LearningRateMonitor()],
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, datamodule=WiderFaceDataModule(tiny_root, train_size=64, batch_size=4, num_workers=0))
+    trainer.save_checkpoint(folder / "saved.ckpt")
+    return module, trainer, before, folder
+
+
+def test_every_parameter_is_trained_and_losses_are_logged(fitted):
+    module, trainer, before, _ = fitted
+    same = {name for name, value in module.named_parameters() if torch.equal(value, before[name])}
+    # These photos are too small for faces of the larger anchors, and biases do not decay.
+    assert same <= {f"network.{kind}_heads.{level}.bias" for kind in ("box", "landmark") for level in (1, 2)}
+    logged = trainer.callback_metrics
+    parts = [float(logged[f"train/{part}"]) for part in ("classes", "boxes", "landmarks")]
+    assert all(part > 0 for part in parts)
+    assert float(logged["train/loss"]) == pytest.approx(sum(parts), rel=1e-4)
+    assert 0 <= logged["val/ap_all"] <= 1
+    assert logged["val_ap"] == logged["val/ap_all"]
+
+
+def test_learning_rate_follows_the_schedule(fitted):
+    module, _, _, folder = fitted
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    column = lines[0].split(",").index("lr-AdamW/pg1")
+    rates = [float(line.split(",")[column]) for line in lines[1:] if line.split(",")[column]]
+    expected = [module.optimizer.learning_rate * learning_rate_factor(s, 4, module.optimizer) for s in range(4)]
+    assert rates == pytest.approx(expected)
+
+
+def test_schedule_rises_then_falls_to_the_final_rate():
+    settings = OptimizerSettings(learning_rate=0.1, final_learning_rate=0.001, warmup=0.1)
+    factors = [learning_rate_factor(step, 100, settings) for step in range(101)]
+    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert max(factors) == factors[9] == factors[10] == 1
+    assert all(later < earlier for earlier, later in pairwise(factors[10:]))
+    assert factors[55] == pytest.approx(0.01 + 0.99 / 2)  # half a cosine, half-way
+    assert factors[100] == pytest.approx(0.01)
+    assert learning_rate_factor(1000, 100, settings) == pytest.approx(0.01)
+    assert math.isfinite(learning_rate_factor(0, 1, settings))
+
+
+def test_biases_and_norms_do_not_decay(fitted):
+    module, trainer, _, _ = fitted
+    decayed, free = trainer.optimizers[0].param_groups
+    assert decayed["weight_decay"] == module.optimizer.weight_decay
+    assert free["weight_decay"] == 0
+    assert {p.ndim for p in free["params"]} == {1}
+    assert len(decayed["params"]) + len(free["params"]) == len(list(module.parameters()))
+
+
+def test_checkpoint_holds_plain_values_and_loads_without_arguments(fitted):
+    module, _, _, folder = fitted
+    content = torch.load(folder / "saved.ckpt", weights_only=True)
+    assert content["structure"]["network"]["channels"] == 16
+    loaded = RetinaFaceModule.load_from_checkpoint(folder / "saved.ckpt", map_location="cpu")
+    assert loaded.structure.to_plain() == content["structure"] == module.structure.to_plain()
+    images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    module.eval()
+    for expected, actual in zip(module(images), loaded.eval()(images), strict=True):
+        assert torch.equal(expected, actual)
+
+
+def test_weights_of_another_network_are_refused(tiny_checkpoint):
+    for other, name in (
+        (NetworkConfig("resnet50"), "backbone"),
+        (NetworkConfig(anchor_sizes=((8, 16), (64, 128), (256, 512))), "anchor_sizes"),
+    ):
+        with pytest.raises(InputError, match=rf"tiny\.ckpt: its {name} .* is not .*; give weights of the same network"):
+            RetinaFaceModule(other, weights=str(tiny_checkpoint))
+    assert RetinaFaceModule(NetworkConfig(), weights=str(tiny_checkpoint)).structure.network.channels == 16
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"learning_rate": 0}, {"final_learning_rate": -1}, {"warmup": 1.5}],
+    ids=lambda value: next(iter(value)),
+)
+def test_bad_optimizer_settings_are_named(settings):
+    with pytest.raises(InputError, match=next(iter(settings))):
+        OptimizerSettings(**settings)
+
+
+def test_validation_boxes_are_in_the_photos_own_pixels(tiny_checkpoint):
+    """Halving the picture, with its scale, must not change what is found by more than a pixel or so."""
+    module = RetinaFaceModule(weights=str(tiny_checkpoint)).eval()
+    seen = []
+    module.val_ap.update = lambda ids, found, faces, counted: seen.append((found, faces, counted))
+    batch = {
+        "images": torch.zeros(1, 3, 64, 96, dtype=torch.uint8),
+        "scales": torch.tensor([0.5]),
+        "image_ids": torch.tensor([3]),
+        "boxes": torch.tensor([[[10.0, 10, 50, 60], [0, 0, 0, 0]]]),
+        "labels": torch.tensor([[1, 0]]),
+        "counted": {"all": torch.tensor([[True, False]])},
+    }
+    with torch.no_grad():
+        module.validation_step(batch, 0)
+        batch["scales"] = torch.tensor([1.0])
+        module.validation_step(batch, 0)
+    (halved, faces, counted), (whole, _, _) = seen
+    assert len(whole[0])
+    assert torch.allclose(halved[0][:, :4], 2 * whole[0][:, :4])
+    assert torch.equal(halved[0][:, 4], whole[0][:, 4])
+    assert faces[0].tolist() == [[10, 10, 50, 60]]  # without padding
+    assert counted[0]["all"].tolist() == [True]

@@ -1,0 +1,277 @@
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import compress
+import train
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "configs" / "recipes"
+SMALL = [
+    "--data.init_args.train_size=64",
+    "--data.init_args.batch_size=4",
+    "--data.init_args.num_workers=0",
+    "--teacher.model.init_args.network.channels=16",
+]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compress.py"])
+
+
+def write_recipe(folder, **changes):
+    """A recipe of two stages whose training is faked."""
+    content = {
+        "description": "for tests",
+        "root": str(folder / "photos"),
+        "stages": [
+            {"name": "teacher", "config": ["data/synthetic_faces.yaml", "stage/teacher.yaml"]},
+            {
+                "name": "pruned",
+                "config": ["data/synthetic_faces.yaml", "stage/prune.yaml"],
+                "options": {"model.init_args.student": "${previous}", "model.init_args.teacher": "${teacher}"},
+            },
+        ],
+        **changes,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+class FakeTraining:
+    """Stands in for ``train.py``: notes the stages and leaves what it would leave, unless it is to be cut off."""
+
+    def __init__(self):
+        self.calls = []
+        self.cut_off_in = None
+
+    def __call__(self, command, check, env):
+        option = next(word for word in command if word.startswith("--trainer.default_root_dir="))
+        folder = Path(option.partition("=")[2])
+        resumed = [word for word in command if word.startswith("--ckpt_path=")]
+        self.calls.append((folder.name, bool(resumed)))
+        checkpoint = folder / "checkpoints" / "last.ckpt"
+        assert not resumed or resumed == [f"--ckpt_path={checkpoint}"]
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text("state")
+        if folder.name == self.cut_off_in:
+            raise subprocess.CalledProcessError(-9, command)
+        (folder / "model.onnx").write_text("model")
+
+
+@pytest.fixture
+def training(monkeypatch):
+    fake = FakeTraining()
+    monkeypatch.setattr(compress.subprocess, "run", fake)
+    monkeypatch.setattr(compress, "_report", lambda run: fake.calls.append(("report", False)))
+    return fake
+
+
+def test_stages_run_in_order_and_once(training, tmp_path):
+    arguments = [str(write_recipe(tmp_path)), "--out", str(tmp_path / "out")]
+    compress.main(arguments)
+    assert training.calls == [("teacher", False), ("pruned", False), ("report", False)]
+    assert {path.name for path in (tmp_path / "out").glob("*.onnx")} == {"teacher.onnx", "pruned.onnx"}
+    training.calls.clear()
+    compress.main(arguments)
+    assert training.calls == [("report", False)]
+
+
+def test_interrupted_stage_goes_on(training, tmp_path):
+    arguments = [str(write_recipe(tmp_path)), "--out", str(tmp_path / "out")]
+    training.cut_off_in = "pruned"
+    with pytest.raises(SystemExit) as stop:
+        compress.main(arguments)
+    assert stop.value.code == 128 + 9
+    training.calls.clear()
+    training.cut_off_in = None
+    compress.main(arguments)
+    assert training.calls == [("pruned", True), ("report", False)]
+
+
+def test_another_run_in_the_same_folder_is_refused(training, tmp_path, capsys):
+    recipe, out = write_recipe(tmp_path), ["--out", str(tmp_path / "out")]
+    compress.main([str(recipe), *out])
+    done = list(training.calls)
+    other = tmp_path / "other.yaml"
+    shutil.copy(recipe, other)
+    for arguments in ([str(recipe), "--trainer.max_epochs=3"], [str(other)], [str(recipe), "--data.root", "elsewhere"]):
+        assert "holds a run with another recipe" in one_line_error([*arguments, *out], capsys)
+    assert training.calls == done
+
+
+def test_a_run_that_never_began_may_be_corrected(training, tmp_path, monkeypatch):
+    recipe, out = str(write_recipe(tmp_path)), ["--out", str(tmp_path / "out")]
+
+    def mistyped(command, **_):
+        raise subprocess.CalledProcessError(2, command)
+
+    monkeypatch.setattr(compress.subprocess, "run", mistyped)
+    with pytest.raises(SystemExit):
+        compress.main([recipe, *out, "--trainer.max_epoch=3"])
+    monkeypatch.setattr(compress.subprocess, "run", training)
+    compress.main([recipe, *out, "--trainer.max_epochs=3"])
+    assert training.calls[-1] == ("report", False)
+
+
+def test_arguments_fill_in_checkpoints_and_overrides(tmp_path):
+    recipe = write_recipe(tmp_path)
+    run = compress.parse_arguments(
+        [str(recipe), "--out", "out", "--trainer.max_epochs", "3", "--pruned.trainer.max_epochs=5", "--teacher.x", "1"]
+    )
+    teacher, pruned = (run.arguments(stage) for stage in run.recipe.stages)
+    last = tmp_path / "out" / "teacher" / "checkpoints" / "last.ckpt"
+    assert f"--model.init_args.student={last}" in pruned
+    assert f"--model.init_args.teacher={last}" in pruned
+    assert f"--checkpoint.dirpath={last.parent}" in teacher
+    assert f"--data.init_args.root={tmp_path / 'photos'}" in teacher
+    assert teacher[-4:] == ["--trainer.max_epochs", "3", "--x", "1"]
+    assert pruned[-3:] == ["--trainer.max_epochs", "3", "--trainer.max_epochs=5"]
+
+
+def recipe_stages():
+    for path in sorted(RECIPES.glob("*.yaml")):
+        for stage in compress.load_recipe(path).stages:
+            slow = [pytest.mark.slow] if "resnet50" in path.stem and stage.name != "teacher" else []
+            yield pytest.param(path, stage.name, id=f"{path.stem}-{stage.name}", marks=slow)
+
+
+@pytest.mark.parametrize(("path", "name"), recipe_stages())
+def test_every_stage_of_every_recipe_trains_a_step(
+    path, name, tiny_root, tiny_checkpoint, build_network, save_checkpoint, tmp_path
+):
+    """Both the recipe's own options and the configurations that it names; the photos are tiny."""
+    resnet = "resnet50" in path.stem
+    trained = tiny_checkpoint
+    if resnet:
+        trained = save_checkpoint(build_network(backbone="resnet50", channels=16), tmp_path / "resnet50.ckpt")
+    weights = ["--weights", str(tiny_checkpoint)] if not resnet else ["--teacher.model.init_args.backbone_weights=null"]
+    if path.stem == "quickstart":
+        weights = []
+        photos = ["--data.init_args.train_photos=4", "--data.init_args.val_photos=2", "--data.init_args.photo_size=96"]
+        root = tmp_path / "rendered"
+    else:
+        photos, root = [], tiny_root
+    run = compress.parse_arguments(
+        [str(path), "--data.root", str(root), "--out", "out", *weights, *SMALL, *photos, "--trainer.fast_dev_run=1"]
+    )
+    for stage in run.recipe.stages:  # what the earlier stages would have left
+        checkpoint = run.checkpoint(stage.name)
+        checkpoint.parent.mkdir(parents=True)
+        shutil.copy(trained, checkpoint)
+    stage = next(stage for stage in run.recipe.stages if stage.name == name)
+    cli = train.main(run.arguments(stage))
+    assert cli.trainer.global_step == 1
+    assert cli.trainer.default_root_dir == str(tmp_path / "out" / name)
+
+
+def one_line_error(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        compress.main([str(argument) for argument in arguments])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_unknown_recipe_file(capsys):
+    error = one_line_error(["nowhere.yaml"], capsys)
+    assert "nowhere.yaml" in error
+    assert "configs/recipes/quickstart.yaml" in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"colour": "red"}, "colour"),
+        ({"stages": [{"name": "teacher", "config": [], "epochs": 3}]}, "epochs"),
+        ({"stages": []}, r"stages are named \[\]"),
+        ({"stages": [{"name": "a", "config": []}] * 2}, "each with a name of its own"),
+        ({"stages": [{"name": "a", "config": ["stage/none.yaml"]}]}, "configs/stage/none.yaml, which does not exist"),
+        (
+            {"stages": [{"name": "a", "config": [], "options": {"x": "${before}"}}]},
+            r"'before'; expected .*\$\{weights\}",
+        ),
+        ({"size": "large"}, "size"),
+    ],
+)
+def test_wrong_recipe_is_one_line(changes, message, tmp_path, capsys):
+    path = write_recipe(tmp_path, **changes)
+    error = one_line_error([path], capsys)
+    assert re.search(message, error), error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_text_that_is_no_recipe(tmp_path, capsys):
+    for text in ("just words", "stages: [", "- a list"):
+        (tmp_path / "text.yaml").write_text(text)
+        assert "text.yaml" in one_line_error([tmp_path / "text.yaml"], capsys)
+
+
+def test_wrong_input_is_found_before_anything_runs(tiny_root, tmp_path, capsys, training):
+    own_photos = RECIPES / "own_photos.yaml"
+    assert "--weights FILE" in one_line_error([own_photos, "--data.root", tiny_root], capsys)
+    nowhere = ["--data.root", "/nowhere", "--weights", tmp_path / "weights.pth"]
+    assert "/nowhere: no such folder" in one_line_error([own_photos, *nowhere], capsys)
+    given = ["--data.root", tiny_root, "--weights"]
+    assert "absent.pth: no such file" in one_line_error([own_photos, *given, tmp_path / "absent.pth"], capsys)
+    (tmp_path / "text.pth").write_text("not weights")
+    assert "text.pth: not a checkpoint" in one_line_error([own_photos, *given, tmp_path / "text.pth"], capsys)
+    empty = Path(shutil.copytree(tiny_root, tmp_path / "empty"))
+    for file in (empty / "wider_face_split").iterdir():
+        file.write_text("")
+    assert "empty" in one_line_error([own_photos, "--data.root", empty, "--weights", tmp_path / "x.pth"], capsys)
+    assert training.calls == []
+    assert not (tmp_path / "runs").exists()
+
+
+def test_folder_that_cannot_be_written_to(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    error = one_line_error([write_recipe(tmp_path), "--out", tmp_path / "file" / "out"], capsys)
+    assert "choose another --out" in error
+
+
+def run_compress(*arguments):
+    command = [sys.executable, str(ROOT / "compress.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_command_line_prints_one_line(tmp_path):
+    result = run_compress(tmp_path / "nowhere.yaml")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_quickstart_from_start_to_report(tmp_path):
+    """`make demo`, smaller: a second call trains nothing again."""
+    options = [
+        *SMALL,
+        *("--data.init_args.train_photos=16", "--data.init_args.val_photos=6", "--data.init_args.photo_size=128"),
+        "--trainer.max_epochs=1",
+    ]
+    arguments = [RECIPES / "quickstart.yaml", "--data.root", tmp_path / "photos", "--out", tmp_path / "out", *options]
+    result = run_compress(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert str(tmp_path / "out" / "report.md") in result.stdout
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [model["name"] for model in report["models"]] == ["teacher", "pruned", "int8"]
+    sizes = {model["name"]: model["onnx_bytes"] for model in report["models"]}
+    assert sizes["int8"] < sizes["pruned"] < sizes["teacher"]
+    assert all((tmp_path / "out" / f"{name}.onnx").stat().st_size == size for name, size in sizes.items())
+    changed = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.ckpt")}
+    again = run_compress(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("done before") == 3
+    assert changed == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.ckpt")}

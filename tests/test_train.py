@@ -1,0 +1,204 @@
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from callbacks import ChannelPruning, QuantizationAwareTraining
+from lightning_modules import CompressionModule, RetinaFaceModule
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
+
+def arguments(root, *configs, more=(), command="fit"):
+    return [
+        command,
+        *(f"--config={CONFIGS / name}" for name in ("default.yaml", *configs)),
+        f"--data.init_args.root={root}",
+        "--data.init_args.train_size=64",
+        "--data.init_args.batch_size=4",
+        "--data.init_args.num_workers=0",
+        *more,
+    ]
+
+
+def from_checkpoint(path):
+    return (f"--model.init_args.student={path}", f"--model.init_args.teacher={path}")
+
+
+DEVELOPMENT = "--trainer.fast_dev_run=1"
+TEACHER = ("data/wider_face.yaml", "model/mobilenet025.yaml", "stage/teacher.yaml")
+
+
+def test_teacher_stage(tiny_root):
+    cli = train.main(arguments(tiny_root, *TEACHER, more=[DEVELOPMENT, "--model.init_args.network.channels=16"]))
+    assert type(cli.model) is RetinaFaceModule
+    assert cli.model.structure.network.backbone == "mobilenet0.25"
+    assert cli.trainer.global_step == 1
+    assert not [path for path in Path.cwd().rglob("*") if path.is_file()]  # a trial leaves nothing
+
+
+def test_synthetic_photos_are_rendered(tmp_path):
+    root = tmp_path / "rendered"
+    sizes = [f"--data.init_args.{name}={value}" for name, value in (("train_photos", 4), ("val_photos", 2))]
+    more = [DEVELOPMENT, "--model.init_args.network.channels=16", "--data.init_args.photo_size=96", *sizes]
+    cli = train.main(arguments(root, "data/synthetic_faces.yaml", *TEACHER[1:], more=more))
+    assert cli.trainer.global_step == 1
+    assert len(list(root.rglob("*.jpg"))) == 6
+
+
+@pytest.mark.parametrize(("stage", "callback"), [("prune", ChannelPruning), ("qat", QuantizationAwareTraining)])
+def test_compression_stages(stage, callback, tiny_root, tiny_checkpoint):
+    more = [DEVELOPMENT, *from_checkpoint(tiny_checkpoint)]
+    cli = train.main(arguments(tiny_root, "data/wider_face.yaml", f"stage/{stage}.yaml", more=more))
+    assert type(cli.model) is CompressionModule
+    assert any(isinstance(each, callback) for each in cli.trainer.callbacks)
+    assert bool(cli.model.structure.plans) == (stage == "prune")
+    assert (cli.model.structure.quantization is not None) == (stage == "qat")
+    assert cli.trainer.global_step == 1
+
+
+def test_short_options_reach_the_stages_own_callback(tiny_root, tiny_checkpoint):
+    more = [DEVELOPMENT, *from_checkpoint(tiny_checkpoint), "--trainer.callbacks.init_args.ratio=0.1"]
+    cli = train.main(arguments(tiny_root, "data/wider_face.yaml", "stage/prune.yaml", more=more))
+    pruning = next(each for each in cli.trainer.callbacks if isinstance(each, ChannelPruning))
+    assert pruning.settings.ratio == 0.1
+
+
+def test_wandb_configuration_is_read(tiny_root, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    configs = (*TEACHER, "wandb.yaml")
+    cli = train.main(arguments(tiny_root, *configs, more=[DEVELOPMENT, "--model.init_args.network.channels=16"]))
+    assert cli.config.fit.trainer.logger.class_path == "lightning.pytorch.loggers.WandbLogger"
+
+
+def test_noise_is_off_and_a_checkpoint_validates(tiny_root, tiny_checkpoint, tmp_path, capfd, recwarn):
+    """One real epoch with a teacher, then `validate` and `test` from its checkpoint."""
+    more = [
+        *from_checkpoint(tiny_checkpoint),
+        "--trainer.max_epochs=1",
+        f"--trainer.default_root_dir={tmp_path}",
+        f"--checkpoint.dirpath={tmp_path / 'checkpoints'}",
+        '--trainer.callbacks=[{"class_path":"lightning.pytorch.callbacks.LearningRateMonitor"}]',
+    ]
+    fitted = train.main(arguments(tiny_root, "data/wider_face.yaml", "stage/prune.yaml", more=more))
+    shown = capfd.readouterr().err + "".join(str(warning.message) for warning in recwarn)
+    for noise in ("tensorboardX", "Tip:", "eval mode", "logging interval", "LeafSpec"):
+        assert noise not in shown
+    ap = fitted.trainer.callback_metrics["val/ap_all"]
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    for command in ("validate", "test"):
+        last = f"--ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}"
+        configs = ("data/wider_face.yaml",)
+        again = train.main(
+            arguments(tiny_root, *configs, command=command, more=["--model=lightning_modules.CompressionModule", last])
+        )
+        assert torch.equal(again.trainer.callback_metrics["val/ap_all"], ap)
+
+
+def one_line_error(args, capsys):
+    """The message that a wrong call ends with."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(args)
+    assert stop.value.code == 2
+    output = capsys.readouterr()
+    lines = [line for line in output.err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert output.err.rstrip().endswith(lines[0])
+    assert "Traceback" not in output.err + output.out
+    return lines[0]
+
+
+SMALL = ("--model.init_args.network.channels=16",)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--data.init_args.root=/nowhere", r"/nowhere: no such folder; give the folder"),
+        ("--data.init_args.batch_size=0", r"batch_size: expected at least 1, found 0"),
+        ("--data.init_args.batch_size=99", r"do not fill a batch of 99; set batch_size to at most 8"),
+        ("--model.init_args.weights=/nowhere.pth", r"/nowhere\.pth: no such file; expected a checkpoint"),
+        ("--model.init_args.network.strides=[8,16]", r"network: 3 lists of anchor sizes for 2 strides; expected one"),
+        ("--model.init_args.optimizer.learning_rate=0", r"optimizer: learning_rate is 0"),
+        ("--ckpt_path=/nowhere.ckpt", r"/nowhere\.ckpt: no such file; expected a checkpoint"),
+        (f"--ckpt_path={ROOT / 'pyproject.toml'}", r"pyproject\.toml: not a checkpoint that can be read"),
+    ],
+)
+def test_bad_option_is_one_line(option, message, tiny_root, capsys):
+    error = one_line_error(arguments(tiny_root, *TEACHER, more=[DEVELOPMENT, *SMALL, option]), capsys)
+    assert re.search(message, error), error
+
+
+def test_checkpoint_of_another_network_is_one_line(tiny_root, tiny_checkpoint, capsys):
+    configs = ("data/wider_face.yaml", "model/resnet50.yaml", "stage/teacher.yaml")
+    more = [DEVELOPMENT, f"--model.init_args.weights={tiny_checkpoint}"]
+    error = one_line_error(arguments(tiny_root, *configs, more=more), capsys)
+    assert str(tiny_checkpoint) in error
+    assert "resnet50" in error
+
+
+def test_weights_cannot_be_resumed_from(tiny_root, tiny_checkpoint, capsys):
+    more = [DEVELOPMENT, *SMALL, f"--ckpt_path={tiny_checkpoint}"]
+    error = one_line_error(arguments(tiny_root, *TEACHER, more=more), capsys)
+    assert f"{tiny_checkpoint}: not a checkpoint that train.py saved" in error
+
+
+def test_empty_annotations_are_one_line(tiny_root, tmp_path, capsys):
+    root = Path(shutil.copytree(tiny_root, tmp_path / "root"))
+    for file in (root / "wider_face_split").iterdir():
+        file.write_text("")
+    error = one_line_error(arguments(root, *TEACHER, more=[DEVELOPMENT, *SMALL]), capsys)
+    assert str(root / "wider_face_split") in error
+    assert "empty" in error
+
+
+def truncate_a_photo(folder):
+    photo = sorted(folder.rglob("*.jpg"))[0]
+    photo.write_bytes(photo.read_bytes()[:600])
+    return photo
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_truncated_photo_to_validate_with_is_one_line(workers, tiny_root, tmp_path, capsys):
+    root = Path(shutil.copytree(tiny_root, tmp_path / "root"))
+    photo = truncate_a_photo(root / "WIDER_val")
+    more = [DEVELOPMENT, *SMALL, f"--data.init_args.num_workers={workers}"]
+    error = one_line_error(arguments(root, *TEACHER, more=more), capsys)
+    assert str(photo) in error
+
+
+def test_truncated_photo_to_train_on_is_skipped_with_a_warning(tiny_root, tmp_path):
+    root = Path(shutil.copytree(tiny_root, tmp_path / "root"))
+    photo = truncate_a_photo(root / "WIDER_train")
+    more = ["--trainer.fast_dev_run=2", *SMALL]
+    with pytest.warns(UserWarning, match=rf"{photo}: unreadable, another photo takes its place"):
+        cli = train.main(arguments(root, *TEACHER, more=more))
+    assert cli.trainer.global_step == 2
+    assert cli.datamodule.skipped_files == {str(photo)}
+
+
+def test_command_line_prints_one_line(tiny_root):
+    command = [sys.executable, str(ROOT / "train.py")]
+    args = arguments("/nowhere", *TEACHER, more=[DEVELOPMENT, *SMALL])
+    result = subprocess.run([*command, *args], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("error: /nowhere: no such folder")
+    assert "Traceback" not in result.stderr
+
+
+def test_faults_of_the_program_keep_their_traceback(tiny_root, monkeypatch):
+    monkeypatch.setattr(RetinaFaceModule, "training_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.main(arguments(tiny_root, *TEACHER, more=[DEVELOPMENT, *SMALL]))
