@@ -190,9 +190,18 @@ def run_recipe(run: Run) -> None:
         _console.print(f"{title}: {'resuming' if resume else 'starting'}")
         command = [sys.executable, str(PROJECT / "train.py"), *run.arguments(stage), *resume]
         subprocess.run(command, check=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
-        # The file's name says that the stage is done, so it comes last.
-        (run.out / stage.name / "model.onnx").replace(exported)
+        _finish(run.out / stage.name / "model.onnx", exported)
     _report(run)
+
+
+def _finish(model: Path, exported: Path) -> None:
+    """Moves a stage's ONNX file to where its name says that the stage is done; so this comes last."""
+    if not model.is_file():
+        raise InputError(
+            f"{model}: not written by its stage; leave callbacks.ExportOnnx in, and trainer.fast_dev_run out of the "
+            "options"
+        )
+    model.replace(exported)
 
 
 def _check_data(run: Run) -> None:

@@ -131,7 +131,7 @@ def wider_ap(predictions: Path, ground_truth: Path, json: Path | None = None) ->
     _write_json(json, {subset: None if math.isnan(value) else value for subset, value in result.items()})
 
 
-def _write_json(path: Path | None, content: Any) -> None:
+def _write_json(path: Path | None, content: dict[str, Any]) -> None:
     if path is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +159,7 @@ def _parser() -> ArgumentParser:
         command = ArgumentParser(description=f"{docstring.short_description} {docstring.long_description}")
         for argument, count in positional.items():
             description = next(param.description for param in docstring.params if param.arg_name == argument)
-            command.add_argument(argument, type=Path, help=description, **({"nargs": count} if count else {}))
+            command.add_argument(argument, type=Path, nargs=count, help=description)
         command.add_function_arguments(function, skip=set(positional), as_group=False)
         subcommands.add_subcommand(name, command, help=docstring.short_description)
     return parser

@@ -5,7 +5,7 @@ class InputError(Exception):
     """Bad input from the user: a missing folder, a malformed line, a checkpoint of another network.
 
     The message is one line that names the thing and the remedy. The command-line programs print it as
-    ``error: ...`` and exit with status 1, without a traceback.
+    ``error: ...`` and exit with status 2, without a traceback.
     """
 
 

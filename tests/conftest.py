@@ -1,24 +1,48 @@
 """Fixtures that tests of several rooms share."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before anything imports albumentations
-# Tiny tensors gain nothing from threads, and on a busy machine threads that wait for each other cost a hundredfold.
-os.environ["OMP_NUM_THREADS"] = "1"  # before anything imports torch, and for the processes that tests start
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start; see _one_thread
 
+import onnx
 import torch
 from torch import nn
 
-from retinaface.compression.structure import Structure
+from retinaface.compression.pruning import PruningSettings, apply_plan, make_plan
+from retinaface.compression.quantization import (
+    HEADS,
+    FakeQuantizedRetinaFace,
+    QuantizationSettings,
+    prepare_for_training,
+)
+from retinaface.compression.structure import Network, Structure
 from retinaface.data.synthetic import write_synthetic_root
+from retinaface.delivery.export import export_onnx
 from retinaface.model.network import NetworkConfig, RetinaFace
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT.parent / "shared" / "reference"
+
+# Module names here, and those of the widely used public files.
+PUBLIC_NAMES = [
+    (r"^backbone\.", "body."),
+    (r"^fpn\.lateral\.(\d)\.", lambda m: f"fpn.output{int(m[1]) + 1}."),
+    (r"^fpn\.merge\.(\d)\.", lambda m: f"fpn.merge{int(m[1]) + 1}."),
+    (r"^ssh\.(\d)\.conv7_3\.", lambda m: f"ssh{int(m[1]) + 1}.conv7x7_3."),
+    (r"^ssh\.(\d)\.conv(\d)([_.])", lambda m: f"ssh{int(m[1]) + 1}.conv{m[2]}X{m[2]}{m[3]}"),
+    (r"^class_heads\.(\d)\.", r"ClassHead.\1.conv1x1."),
+    (r"^box_heads\.(\d)\.", r"BboxHead.\1.conv1x1."),
+    (r"^landmark_heads\.(\d)\.", r"LandmarkHead.\1.conv1x1."),
+]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -92,10 +116,11 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_synthetic_root(tmp_path_factory.mktemp("photos") / "root", 8, 5, 128)
 
 
-def save_network(network: RetinaFace, path: Path) -> Path:
+def save_network(network: Network, path: Path, structure: Structure | None = None) -> Path:
     """Writes that part of a training checkpoint which the next stage reads."""
     weights = {f"network.{name}": value for name, value in network.state_dict().items()}
-    torch.save({"structure": Structure(network.config).to_plain(), "state_dict": weights}, path)
+    structure = structure or Structure(network.config)
+    torch.save({"structure": structure.to_plain(), "state_dict": weights}, path)
     return path
 
 
@@ -109,3 +134,72 @@ def save_checkpoint() -> Callable[[RetinaFace, Path], Path]:
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the network of ``tiny_network``."""
     return save_network(make_network(channels=16), tmp_path_factory.mktemp("checkpoint") / "tiny.ckpt")
+
+
+def _public_state(network: nn.Module) -> dict[str, torch.Tensor]:
+    state = {}
+    for key, value in network.state_dict().items():
+        for pattern, replacement in PUBLIC_NAMES:
+            key = re.sub(pattern, replacement, key)
+        state[key] = value
+    return state
+
+
+@pytest.fixture(scope="session")
+def public_state() -> Callable[[nn.Module], dict[str, torch.Tensor]]:
+    """A function that gives a network's weights under the names of the public files."""
+    return _public_state
+
+
+class Compressed(NamedTuple):
+    """A network with ReLU on its way down."""
+
+    original: RetinaFace
+    pruned: RetinaFace
+    int8: FakeQuantizedRetinaFace
+    structure: Structure
+
+
+@pytest.fixture(scope="session")
+def compressed() -> Compressed:
+    """A pruned network and the same prepared for INT8 with heads, pyramid and first convolution in float."""
+    original = make_network(channels=32, activation="relu")
+    pruned, plan = deepcopy(original), make_plan(original, PruningSettings(ratio=0.4))
+    apply_plan(pruned, plan)
+    settings = QuantizationSettings(keep_float=(*HEADS, "backbone.stage1.0", "fpn"), averaging=0.5)
+    quantized = prepare_for_training(pruned, settings).train()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for _ in range(3):
+            quantized(torch.rand(2, 3, 64, 96, generator=generator) * 255 - 110)
+    return Compressed(original, pruned, quantized.eval(), Structure(original.config, [plan], settings))
+
+
+@pytest.fixture(scope="session")
+def checkpoint_files(tmp_path_factory: pytest.TempPathFactory, compressed: Compressed) -> dict[str, Path]:
+    """``public`` and ``float``: the network of ``tiny_network``; ``pruned`` and ``int8``: those of ``compressed``."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    network = make_network(channels=16)
+    torch.save(_public_state(network), folder / "public.pth")
+    save_network(network, folder / "float.ckpt")
+    save_network(compressed.pruned, folder / "pruned.ckpt", replace(compressed.structure, quantization=None))
+    save_network(compressed.int8, folder / "int8.ckpt", compressed.structure)
+    return {path.stem: path for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def onnx_files(tmp_path_factory: pytest.TempPathFactory, compressed: Compressed) -> dict[str, Path]:
+    """``float``: the network of ``tiny_network``; ``int8``: that of ``compressed``."""
+    folder = tmp_path_factory.mktemp("onnx") / "new folder"
+    export_onnx(make_network(channels=16).train(), folder / "float.onnx")
+    export_onnx(compressed.int8, folder / "int8.onnx")
+    return {path.stem: path for path in folder.iterdir()}
+
+
+@pytest.fixture
+def quick_export(onnx_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every export gives the network of ``tiny_network``, at once instead of in seconds."""
+    model = onnx.load(onnx_files["float"])
+    del model.metadata_props[:]
+    content = model.SerializeToString()
+    monkeypatch.setattr("retinaface.delivery.export._to_onnx", lambda graph: onnx.ModelProto.FromString(content))

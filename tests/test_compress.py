@@ -53,6 +53,7 @@ class FakeTraining:
     def __init__(self):
         self.calls = []
         self.cut_off_in = None
+        self.exports = True
 
     def __call__(self, command, check, env):
         option = next(word for word in command if word.startswith("--trainer.default_root_dir="))
@@ -65,7 +66,8 @@ class FakeTraining:
         checkpoint.write_text("state")
         if folder.name == self.cut_off_in:
             raise subprocess.CalledProcessError(-9, command)
-        (folder / "model.onnx").write_text("model")
+        if self.exports:
+            (folder / "model.onnx").write_text("model")
 
 
 @pytest.fixture
@@ -96,6 +98,12 @@ def test_interrupted_stage_goes_on(training, tmp_path):
     training.cut_off_in = None
     compress.main(arguments)
     assert training.calls == [("pruned", True), ("report", False)]
+
+
+def test_stage_that_exports_nothing_is_one_line(training, tmp_path, capsys):
+    training.exports = False
+    error = one_line_error([write_recipe(tmp_path), "--out", tmp_path / "out"], capsys)
+    assert "ExportOnnx" in error
 
 
 def test_another_run_in_the_same_folder_is_refused(training, tmp_path, capsys):

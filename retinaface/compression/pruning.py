@@ -45,7 +45,9 @@ class PruningSettings:
         if self.round_to < 1:
             raise InputError(f"pruning: round_to is {self.round_to}; expected 1 or more (8 and 16 suit CPUs)")
         if not 0 < self.max_ratio < 1:
-            raise InputError(f"pruning: max_ratio is {self.max_ratio}; expected a share of the channels between 0 and 1")
+            raise InputError(
+                f"pruning: max_ratio is {self.max_ratio}; expected a share of the channels between 0 and 1"
+            )
 
 
 def make_plan(network: RetinaFace, settings: PruningSettings) -> Plan:

@@ -20,6 +20,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt
 from torchao.quantization.pt2e.quantizer import (
     QuantizationAnnotation,
     QuantizationSpec,
+    QuantizationSpecBase,
     Quantizer,
     SharedQuantizationSpec,
 )
@@ -45,7 +46,8 @@ class QuantizationSettings:
 
     Attributes:
         keep_float: Modules, with all below them, that stay in float: names such as ``backbone.stage1.0`` or
-            ``class_heads``.
+            ``class_heads``. A single convolution (with ReLU) between two in INT8 stays in float in the file, but ONNX
+            Runtime rounds its weights on its own; name a whole block.
         averaging: Weight of the newest batch in the moving average of each activation's range.
     """
 
@@ -56,8 +58,8 @@ class QuantizationSettings:
 class ActivationFakeQuantize(FusedMovingAvgObsFakeQuantize):
     """Rounds activations to uint8 over the moving average of their range.
 
-    The range is written out as the kernel that rounded in training computed it; left to itself, the observer computes it
-    once more, and not always to the same zero point.
+    Scale and zero point are written out as the kernel that rounded in training computed them. The observer would
+    compute them once more, in another way, and not always come to the same.
     """
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
@@ -69,9 +71,9 @@ class PerChannelFakeQuantize(FakeQuantizeBase):
     """Rounds weights to symmetric INT8, one scale per output channel, always that of the weights as they are.
 
     torchao's fused kernel will not do: its scales are those of -128 to 127 and never below 6.1e-5, ``convert_pt2e``
-    writes those of -127 to 127. The network would be trained with weights that lie on another grid than the exported
-    ones, and the first convolution, whose weights are small since pictures reach to 255, on a very coarse one. torchao's
-    plain module would wait for the device at every weight.
+    writes those of -127 to 127. The network would be trained with weights that lie on another grid than the
+    exported ones, and the first convolution, whose weights are small since pictures reach to 255, on a very coarse one.
+    torchao's plain module would wait for the device at every weight.
 
     Args:
         dtype: Type of the integers.
@@ -179,7 +181,7 @@ class OnnxRuntimeQuantizer(Quantizer):
         """Nothing to check: the annotation is made for this project's own graphs."""
 
 
-def _set(node: Node, inputs: dict[Any, Any], output: Any) -> None:
+def _set(node: Node, inputs: dict[Any, QuantizationSpecBase], output: QuantizationSpecBase | None) -> None:
     node.meta["quantization_annotation"] = QuantizationAnnotation(inputs, output, _annotated=True)
 
 

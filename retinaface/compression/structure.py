@@ -80,8 +80,8 @@ def load_network(path: Path | str) -> tuple[Network, Structure]:
         built = structure.build()
     except (AttributeError, KeyError, TypeError, ValueError, InputError) as error:
         raise InputError(
-            f"{path}: the record of the network's structure is damaged ({type(error).__name__}: {error}); give a checkpoint "
-            "as it was written, by this version"
+            f"{path}: the record of the network's structure is damaged ({type(error).__name__}: {error}); give "
+            "a checkpoint as it was written, by this version"
         ) from error
     if isinstance(built, RetinaFace):
         load_matching(built, state, str(path))

@@ -3,6 +3,7 @@
 Coordinates are pixels from the top left corner of a picture: pixel ``i`` covers ``[i, i + 1)``.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from typing import NamedTuple, TypedDict
@@ -32,6 +33,9 @@ class TransformOptions:
     Attributes:
         crop_scale: Side of the square crop as a fraction of the photo's short side, drawn uniformly; above 1 the
             surroundings are filled, which makes faces smaller than they are.
+        zoom: Instead of ``crop_scale``: pixels of the training picture per pixel of the photo, drawn on a logarithmic
+            scale. A range around 1 shows faces at the sizes that they have when photos are evaluated as they are,
+            whatever the photos' size.
         crop_tries: Crops drawn per photo until one holds a face to learn; the last is taken if none does.
         min_face: Faces whose shorter visible side is below this many pixels after resizing are ignored.
         min_visible: Faces of which less than this fraction is visible are ignored.
@@ -50,6 +54,7 @@ class TransformOptions:
     """
 
     crop_scale: tuple[float, float] = (0.3, 1.0)
+    zoom: tuple[float, float] | None = None
     crop_tries: int = 50
     min_face: float = 4.0
     min_visible: float = 0.3
@@ -64,9 +69,9 @@ class TransformOptions:
     hue: float = 0.02
 
     def __post_init__(self) -> None:
-        low, high = self.crop_scale
-        if not 0 < low <= high:
-            raise InputError(f"crop_scale: expected 0 < low <= high, found {low}, {high}")
+        for name, (low, high) in {"crop_scale": self.crop_scale, "zoom": self.zoom or (1, 1)}.items():
+            if not 0 < low <= high:
+                raise InputError(f"{name}: expected 0 < low <= high, found {low}, {high}")
         if self.crop_tries < 1:
             raise InputError(f"crop_tries: expected at least 1, found {self.crop_tries}")
         for name in ("flip", "affine", "colour", "min_visible", "brightness", "contrast", "saturation"):
@@ -174,13 +179,20 @@ class TrainTransform:
         """Draws crops until one holds the centre of a face that is large enough to be learned."""
         faces = boxes[labels == FACE]
         for _ in range(self.options.crop_tries):
-            crop = _draw_crop(height, width, self.options.crop_scale, rng)
+            crop = _draw_crop(height, width, self._draw_side(min(height, width), rng), rng)
             centres = (faces[:, :2] + faces[:, 2:]) / 2 - (crop.left, crop.top)
             inside = ((centres >= 0) & (centres < crop.side)).all(axis=1)
             large = (faces[:, 2:] - faces[:, :2]).min(axis=1) * self.size >= self.options.min_face * crop.side
             if not len(faces) or (inside & large).any():
                 break
         return crop
+
+    def _draw_side(self, short_side: int, rng: np.random.Generator) -> int:
+        """Side of a crop in pixels of the photo."""
+        if self.options.zoom is None:
+            return max(1, round(short_side * rng.uniform(*self.options.crop_scale)))
+        low, high = (math.log(zoom) for zoom in self.options.zoom)
+        return max(1, round(self.size / math.exp(rng.uniform(low, high))))
 
     def _clip(self, faces: _Faces) -> _Faces:
         """Clips boxes to the picture, drops faces outside it and labels badly cut or tiny ones as ignored.
@@ -250,9 +262,8 @@ def _build_pipeline(options: TransformOptions) -> A.Compose:
     )
 
 
-def _draw_crop(height: int, width: int, scale: tuple[float, float], rng: np.random.Generator) -> Crop:
-    """A square of random side and place: inside the photo where it fits, else around it."""
-    side = max(1, round(min(height, width) * rng.uniform(*scale)))
+def _draw_crop(height: int, width: int, side: int, rng: np.random.Generator) -> Crop:
+    """A square of random place: inside the photo where it fits, else around it."""
     left, top = (int(rng.integers(min(0, length - side), max(0, length - side) + 1)) for length in (width, height))
     return Crop(left, top, side)
 

@@ -79,7 +79,7 @@ def detect_files(
 
 
 def _copy_name(path: Path, images: Sequence[Path], taken: set[str]) -> str:
-    """Name of the annotated copy: the photo's own, with folder and number as far as it takes to tell it from the others.
+    """Name of the annotated copy: the photo's own, with folder and number where it takes them to be its own.
 
     Args:
         path: The photo.

@@ -19,6 +19,7 @@ from retinaface.compression.quantization import FakeQuantizedRetinaFace, convert
 from retinaface.compression.structure import Network
 from retinaface.data.annotations import MEAN_BGR
 from retinaface.errors import InputError
+from retinaface.model.network import NetworkConfig
 
 METADATA_KEY = "retinaface_slim"
 INPUT_NAME = "images"
@@ -34,9 +35,9 @@ def export_onnx(network: Network, path: Path) -> None:
     """Writes a network as ONNX, with dynamic batch, height and width (33 pixels or more), and checks the file.
 
     Input ``images (B, 3, H, W)`` float32 BGR minus the mean colour, as from
-    :func:`retinaface.model.network.normalize`; outputs ``class_logits``, ``box_deltas`` and ``landmark_deltas``. Anchors
-    and mean are in the file's metadata. A fake-quantized network is written with INT8 weights between QuantizeLinear
-    and DequantizeLinear nodes.
+    :func:`retinaface.model.network.normalize`; outputs ``class_logits``, ``box_deltas`` and ``landmark_deltas``.
+    Anchors and mean are in the file's metadata. A fake-quantized network is written with INT8 weights between
+    QuantizeLinear and DequantizeLinear nodes.
 
     Args:
         network: Float or fake-quantized; left as it was.
@@ -47,29 +48,25 @@ def export_onnx(network: Network, path: Path) -> None:
         RuntimeError: ONNX Runtime's outputs differ from torch's; a fault of this project.
     """
     quantized = isinstance(network, FakeQuantizedRetinaFace)
-    graph: nn.Module = (
-        convert(network) if isinstance(network, FakeQuantizedRetinaFace) else deepcopy(network).cpu().eval()
-    )
-    model = _to_onnx(graph)
-    entry = model.metadata_props.add()
-    entry.key = METADATA_KEY
-    entry.value = json.dumps(
-        {
-            "network": asdict(network.config),
-            "mean_bgr": MEAN_BGR,
-            "precision": "int8" if quantized else "float32",
-        }
-    )
-    onnx.checker.check_model(model, full_check=True)
+    tolerance = _INT8_TOLERANCE if quantized else _FLOAT_TOLERANCE
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # made first: the export takes a while
+            graph = convert(network) if isinstance(network, FakeQuantizedRetinaFace) else deepcopy(network).cpu().eval()
             unchecked = Path(folder) / path.name
-            onnx.save(model, unchecked)
-            _check_outputs(graph, unchecked, _INT8_TOLERANCE if quantized else _FLOAT_TOLERANCE, quantized)
+            onnx.save(_with_metadata(_to_onnx(graph), network.config, "int8" if quantized else "float32"), unchecked)
+            _check_outputs(graph, unchecked, tolerance, quantized)
             unchecked.replace(path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); choose another file") from error
+
+
+def _with_metadata(model: onnx.ModelProto, config: NetworkConfig, precision: str) -> onnx.ModelProto:
+    entry = model.metadata_props.add()
+    entry.key = METADATA_KEY
+    entry.value = json.dumps({"network": asdict(config), "mean_bgr": MEAN_BGR, "precision": precision})
+    onnx.checker.check_model(model, full_check=True)
+    return model
 
 
 def _to_onnx(graph: nn.Module) -> onnx.ModelProto:
@@ -114,6 +111,6 @@ def _check_outputs(graph: nn.Module, path: Path, tolerance: float, mean: bool) -
             difference = (error.mean() if mean else error.max()) / (want.std().item() + 1e-6)
             if not difference <= tolerance:
                 raise RuntimeError(
-                    f"{path.name}: {name} of ONNX Runtime differs from torch by {difference:.2g} of its spread; at most "
-                    f"{tolerance} was expected"
+                    f"{path.name}: {name} of ONNX Runtime differs from torch by {difference:.2g} of its spread; "
+                    f"at most {tolerance} was expected"
                 )

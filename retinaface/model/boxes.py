@@ -1,7 +1,7 @@
 """Boxes and landmarks: formats, overlaps, and coding relative to anchors.
 
-The coding is that of SSD (arXiv:1512.02325): offsets of the centre in units of the anchor's size, logarithms of the size
-ratio, both divided by the variances.
+The coding is that of SSD (arXiv:1512.02325): offsets of the centre in units of the anchor's size, logarithms of the
+size ratio, both divided by the variances.
 """
 
 import torch
@@ -87,4 +87,5 @@ def encode_landmarks(landmarks: Tensor, anchors: Tensor) -> Tensor:
 def decode_landmarks(deltas: Tensor, anchors: Tensor) -> Tensor:
     """Inverse of :func:`encode_landmarks`: ``(..., A, 10)`` deltas to ``(..., A, 5, 2)`` relative to the picture."""
     centre, size = anchors[:, None, :2], anchors[:, None, 2:]
-    return centre + deltas.unflatten(-1, (5, 2)) * VARIANCES[0] * size
+    offsets: Tensor = deltas.unflatten(-1, (5, 2))
+    return centre + offsets * VARIANCES[0] * size

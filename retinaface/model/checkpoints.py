@@ -2,7 +2,7 @@
 
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from retinaface.errors import InputError
 from retinaface.model.network import PYRAMID_CHANNELS, Activation, Backbone, NetworkConfig, RetinaFace
 
+Rename = tuple[str, str | Callable[[re.Match[str]], str]]
+
 # Module names of the public files and what they are called here.
-_RENAMES = [
+_RENAMES: list[Rename] = [
     (r"^body\.", "backbone."),
     (r"^fpn\.output(\d)\.", lambda m: f"fpn.lateral.{int(m[1]) - 1}."),
     (r"^fpn\.merge(\d)\.", lambda m: f"fpn.merge.{int(m[1]) - 1}."),
@@ -25,7 +27,7 @@ _RENAMES = [
 ]
 
 
-def read_torch_file(path: Path | str) -> Any:
+def read_torch_file(path: Path | str) -> Any:  # noqa: ANN401  whatever the file holds
     """Reads a torch file onto the CPU without running code from it (``weights_only=True``).
 
     Raises:
@@ -105,13 +107,13 @@ def load_imagenet_backbone(network: RetinaFace, weights: Path | str) -> None:
     if str(weights) == "imagenet":
         state = _torchvision_resnet50(network)
     else:
-        state = {re.sub(r"^(module\.)?(body\.)?", "", key): value for key, value in _state_dict(weights, {}).items()}
+        state = {re.sub(r"^(module\.)?(body\.)?", "", key): value for key, value in _state_dict(weights, ()).items()}
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     load_matching(network.backbone, state, str(weights))
 
 
 def _torchvision_resnet50(network: RetinaFace) -> dict[str, Tensor]:
-    from torchvision.models import ResNet50_Weights
+    from torchvision.models import ResNet50_Weights  # type: ignore[import-untyped]
 
     if network.config.backbone != "resnet50":
         raise InputError("imagenet: torchvision has no mobilenet0.25 weights; give a file with them, or none")
@@ -128,7 +130,7 @@ def _torchvision_resnet50(network: RetinaFace) -> dict[str, Tensor]:
     return state
 
 
-def _state_dict(path: Path | str, renames: Any = None) -> dict[str, Tensor]:
+def _state_dict(path: Path | str, renames: Sequence[Rename] = tuple(_RENAMES)) -> dict[str, Tensor]:
     content = read_torch_file(path)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
@@ -137,7 +139,7 @@ def _state_dict(path: Path | str, renames: Any = None) -> dict[str, Tensor]:
     state = {}
     for key, value in content.items():
         name = str(key).removeprefix("module.")
-        for pattern, replacement in _RENAMES if renames is None else renames:
+        for pattern, replacement in renames:
             name = re.sub(pattern, replacement, name)
         state[name] = value
     return state

@@ -1,6 +1,6 @@
 """What the detector is trained on: target assignment and the multi-task loss.
 
-Everything runs for the whole batch at once on its device, without loops over pictures and without waiting for the device.
+Everything runs for the whole batch at once on its device, without loops over pictures and without waiting for it.
 """
 
 from typing import NamedTuple
@@ -54,8 +54,8 @@ def assign_targets(
 ) -> Targets:
     """Gives each anchor the face that it overlaps most, and each face at least its best anchor.
 
-    An anchor is a face where the IoU is at least ``iou_threshold``, or where it is the best anchor of a face. Faces with
-    label -1 take anchors in the same way, and these are left out of the loss.
+    An anchor is a face where the IoU is at least ``iou_threshold``, or where it is the best anchor of a face. Faces
+    with label -1 take anchors in the same way, and these are left out of the loss.
 
     Args:
         boxes: ``(B, M, 4)`` float32 xyxy, relative to the picture.

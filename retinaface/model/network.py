@@ -1,7 +1,7 @@
 """The RetinaFace network: backbone, feature pyramid, context modules and heads.
 
-Deng et al., "RetinaFace: Single-stage Dense Face Localisation in the Wild" (arXiv:1905.00641), in the form of the widely
-used public PyTorch weights: features at strides 8, 16 and 32, two square anchors a position, five landmarks.
+Deng et al., "RetinaFace: Single-stage Dense Face Localisation in the Wild" (arXiv:1905.00641), in the form of the
+widely used public PyTorch weights: features at strides 8, 16 and 32, two square anchors a position, five landmarks.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck, ResNet
+from torchvision.models.resnet import Bottleneck, ResNet  # type: ignore[import-untyped]
 
 from retinaface.data.annotations import MEAN_BGR
 from retinaface.errors import InputError
@@ -148,7 +148,8 @@ class BottleneckOwnActivations(Bottleneck):
         out = self.relu2(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
         shortcut = x if self.downsample is None else self.downsample(x)
-        return self.relu3(out + shortcut)
+        result: Tensor = self.relu3(out + shortcut)
+        return result
 
 
 class ResNet50(ResNet):
@@ -158,7 +159,7 @@ class ResNet50(ResNet):
         super().__init__(BottleneckOwnActivations, [3, 4, 6, 3])
         del self.avgpool, self.fc
 
-    def forward(self, images: Tensor) -> list[Tensor]:  # type: ignore[override]
+    def forward(self, images: Tensor) -> list[Tensor]:
         """Returns the features at strides 4, 8, 16 and 32."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         features = []
@@ -248,4 +249,5 @@ class RetinaFace(nn.Module):
 
 def _per_anchor(maps: Tensor, width: int) -> Tensor:
     """Maps ``(B, anchors * width, H, W)`` to ``(B, H * W * anchors, width)``."""
-    return maps.permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, width))
+    per_anchor: Tensor = maps.permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, width))
+    return per_anchor

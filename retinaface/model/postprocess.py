@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms  # type: ignore[import-untyped]
 
 from retinaface.model.anchors import freeze_sizes, make_anchors
 from retinaface.model.boxes import decode_boxes, decode_landmarks

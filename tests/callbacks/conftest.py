@@ -1,6 +1,5 @@
 """Whole small stages, each run once for all tests that look at it."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -75,7 +74,6 @@ def run_process() -> Callable[..., subprocess.CompletedProcess[str]]:
             text=True,
             timeout=300,
             check=False,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
 
     return run

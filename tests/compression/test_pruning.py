@@ -127,7 +127,7 @@ def test_rounding(build_network, round_to):
 
 
 def test_kept_modules_lose_nothing(tiny_network):
-    after, plan = pruned(tiny_network, ratio=0.5, keep=("backbone.stage1", "fpn"))
+    after, _ = pruned(tiny_network, ratio=0.5, keep=("backbone.stage1", "fpn"))
     was, now = widths(tiny_network), widths(after)
     for name in was:
         if name.startswith(("backbone.stage1.", "fpn.")):
@@ -146,7 +146,7 @@ def test_global_ranking_takes_more_from_some_layers(tiny_network):
 
 
 def test_nothing_to_prune(tiny_network):
-    after, plan = pruned(tiny_network, ratio=0.0)
+    after, _ = pruned(tiny_network, ratio=0.0)
     assert widths(after) == widths(tiny_network)
     assert all(torch.equal(a, b) for a, b in zip(run(after), run(tiny_network), strict=True))
 

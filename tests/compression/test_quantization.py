@@ -7,9 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from retinaface.compression.pruning import PruningSettings, apply_plan, make_plan
 from retinaface.compression.quantization import (
-    HEADS,
     ActivationFakeQuantize,
     PerChannelFakeQuantize,
     QuantizationSettings,
@@ -21,7 +19,6 @@ from retinaface.delivery.export import export_onnx
 from retinaface.errors import InputError
 
 ALL = QuantizationSettings(keep_float=())
-MIXED = QuantizationSettings(keep_float=(*HEADS, "backbone.stage1.0", "fpn"))
 
 
 def pictures(seed, *shape):
@@ -63,14 +60,6 @@ def onnx_file(prepared, tmp_path_factory):
     path = tmp_path_factory.mktemp("onnx") / "int8.onnx"
     export_onnx(prepared, path)
     return path
-
-
-@pytest.fixture(scope="module")
-def mixed(build_network):
-    """A pruned network with ReLU, heads and parts of it in float."""
-    network = build_network(channels=32, activation="relu")
-    apply_plan(network, make_plan(network, PruningSettings(ratio=0.4)))
-    return network, train(prepare_for_training(network, MIXED))
 
 
 @pytest.fixture
@@ -122,11 +111,11 @@ def test_every_convolution_runs_in_int8(float_network, onnx_file, tmp_path):
     assert "BatchNormalization" not in {node.op_type for node in onnx.load(onnx_file).graph.node}
 
 
-def test_only_what_is_to_stay_in_float_does(mixed, tmp_path):
-    network, prepared = mixed
-    export_onnx(prepared, tmp_path / "mixed.onnx")
-    operations = runtime_operations(tmp_path / "mixed.onnx", tmp_path)
-    quantized = convolutions(network, outside=MIXED.keep_float)
+def test_only_what_is_to_stay_in_float_does(compressed, onnx_files, tmp_path):
+    """With pruning, ReLU, and heads, pyramid and first convolution in float."""
+    operations = runtime_operations(onnx_files["int8"], tmp_path)
+    network = compressed.pruned
+    quantized = convolutions(network, outside=compressed.structure.quantization.keep_float)
     assert quantized == convolutions(network) - 15
     assert operations["QLinearConv"] == quantized
     assert operations["Conv"] + operations["FusedConv"] == 15
@@ -207,12 +196,16 @@ def test_gradients_reach_every_parameter(fresh, float_network):
 def test_a_batch_norm_weight_of_zero_does_not_end_in_nan(build_network):
     network = build_network(channels=16, strides=(8,), anchor_sizes=((16,),))
     network.backbone.stage1[1][1].weight.data[:3] = 0
+    before = run(network)
     prepared = train(prepare_for_training(network, QuantizationSettings()))
-    assert not network.backbone.stage1[1][1].weight[:3].any()
     outputs = prepared.train()(pictures(1))
     sum(output.square().mean() for output in outputs).backward()
     assert all(p.grad.isfinite().all() for p in prepared.parameters())
     assert all(output.isfinite().all() for output in run(prepared.eval()))
+    # The float network is left as it was.
+    assert all(torch.equal(a, b) for a, b in zip(run(network), before, strict=True))
+    assert not {id(p) for p in network.parameters()} & {id(p) for p in prepared.parameters()}
+    assert any(module.inplace for module in network.modules() if isinstance(module, nn.LeakyReLU))
 
 
 def test_weights_are_rounded_straight_through_and_by_their_own_range():
@@ -240,17 +233,6 @@ def test_weights_from_a_file_in_a_fresh_network_give_bit_equal_outputs(prepared,
     statistics = batch_norm_buffers(other)
     run(other.train())
     assert moved(statistics, batch_norm_buffers(other))
-
-
-def test_the_float_network_is_left_alone(build_network):
-    network = build_network(channels=16, strides=(8,), anchor_sizes=((16,),))
-    before = run(network)
-    prepared = prepare_for_training(network, ALL)
-    assert not {id(p) for p in network.parameters()} & {id(p) for p in prepared.parameters()}
-    assert not prepared.training
-    train(prepared)
-    assert all(torch.equal(a, b) for a, b in zip(run(network), before, strict=True))
-    assert any(module.inplace for module in network.modules() if isinstance(module, nn.LeakyReLU))
 
 
 def test_unknown_names_in_keep_float(float_network):
@@ -294,22 +276,23 @@ def test_converted_weights_are_those_trained_with(prepared, converted):
 def test_training_converted_and_runtime_agree(prepared, float_network, converted, onnx_file):
     """What is left is values on the edge of a rounding step, and all that follows from them.
 
-    Measured: converted against trained .06-.15, ONNX Runtime against converted .1-.3 of what rounding costs at all.
+    In units of what rounding costs at all: converted against trained 0 here and .15 on the public weights; ONNX Runtime
+    against converted .1 to .3, since it rounds biases too.
     """
     session = ort.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
     images = pictures(99, 1, 3, 160, 192)
     trained, graph = run(prepared, images), run(converted, images)
     runtime = [torch.from_numpy(value) for value in session.run(None, {"images": images.numpy()})]
-    for exact, simulated, torch_int8, onnx_int8 in zip(run(float_network, images), trained, graph, runtime, strict=True):
+    for exact, simulated, torch_int8, onnx_int8 in zip(
+        run(float_network, images), trained, graph, runtime, strict=True
+    ):
         cost = (exact - simulated).abs().mean()
-        print(f"cost {cost:.3g} converted {(simulated - torch_int8).abs().mean() / cost:.3g} "
-              f"onnx {(torch_int8 - onnx_int8).abs().mean() / cost:.3g}")
-        assert (simulated - torch_int8).abs().mean() < 0.5 * cost
+        assert (simulated - torch_int8).abs().mean() < 0.3 * cost
         assert (torch_int8 - onnx_int8).abs().mean() < 0.6 * cost
 
 
-def test_pruned_and_mixed_converted_agrees(mixed):
-    network, prepared = mixed
+def test_pruned_and_mixed_converted_agrees(compressed):
+    network, prepared = compressed.pruned, compressed.int8
     images = pictures(99, 1, 3, 96, 128)
     for exact, simulated, written in zip(
         run(network, images), run(prepared, images), run(convert(prepared), images), strict=True

@@ -268,3 +268,21 @@ def test_one_pixel_photo():
 def test_impossible_options_are_named(options):
     with pytest.raises(InputError, match=next(iter(options))):
         TransformOptions(**options)
+
+
+def test_zoom_is_the_range_of_training_pixels_per_photo_pixel():
+    transform = TrainTransform(
+        64, TransformOptions(zoom=(0.5, 2.0), affine=0, flip=0, colour=0, min_visible=0, min_face=0)
+    )
+    boxes = np.array([[400, 400, 420, 420]], dtype=np.float32)
+    zooms = []
+    for seed in range(200):
+        sample = transform(
+            np.zeros((500, 600, 3), np.uint8), boxes, np.full((1, 5, 2), np.nan, np.float32), np.array([FACE]), seed
+        )
+        zooms += [(x2 - x1) / 20 for x1, y1, x2, y2 in sample["boxes"] if min(x1, y1) > 0 and max(x2, y2) < 64]
+    assert len(zooms) > 20
+    assert 0.49 <= min(zooms) < 0.7
+    assert 1.4 < max(zooms) <= 2.02
+    with pytest.raises(InputError, match="zoom"):
+        TransformOptions(zoom=(2.0, 1.0))

@@ -50,7 +50,9 @@ def test_deltas_are_those_of_ssd():
     expected = torch.tensor([[1.0, -1.0, 3.4657, 0.0]])
     torch.testing.assert_close(encode_boxes(box, anchor), expected, rtol=1e-4, atol=1e-4)
     landmarks = torch.tensor([0.52, 0.46]).expand(1, 5, 2)
-    torch.testing.assert_close(encode_landmarks(landmarks, anchor), torch.tensor([[1.0, -1.0] * 5]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        encode_landmarks(landmarks, anchor), torch.tensor([[1.0, -1.0] * 5]), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_boxes_without_area_have_finite_deltas():

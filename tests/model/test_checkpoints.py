@@ -1,5 +1,4 @@
 import pickle
-import re
 
 import pytest
 import torch
@@ -7,26 +6,6 @@ import torch
 from retinaface.errors import InputError
 from retinaface.model.checkpoints import load_imagenet_backbone, load_pretrained, read_torch_file
 from retinaface.model.network import NetworkConfig, RetinaFace
-
-TO_PUBLIC = [
-    (r"^backbone\.", "body."),
-    (r"^fpn\.lateral\.(\d)\.", lambda m: f"fpn.output{int(m[1]) + 1}."),
-    (r"^fpn\.merge\.(\d)\.", lambda m: f"fpn.merge{int(m[1]) + 1}."),
-    (r"^ssh\.(\d)\.conv(\d)([_.])", lambda m: f"ssh{int(m[1]) + 1}.conv{m[2]}X{m[2]}{m[3]}"),
-    (r"^class_heads\.(\d)\.", r"ClassHead.\1.conv1x1."),
-    (r"^box_heads\.(\d)\.", r"BboxHead.\1.conv1x1."),
-    (r"^landmark_heads\.(\d)\.", r"LandmarkHead.\1.conv1x1."),
-]
-
-
-def public_state(network):
-    """The network's weights under the names of the public files."""
-    state = {}
-    for key, value in network.state_dict().items():
-        for pattern, replacement in TO_PUBLIC:
-            key = re.sub(pattern, replacement, key)
-        state[key] = value
-    return state
 
 
 @pytest.mark.parametrize(
@@ -40,7 +19,7 @@ def public_state(network):
     ],
     ids=["bare", "state_dict", "module.", "both", "before torch 0.4.1"],
 )
-def test_forms_of_public_files(tmp_path, build_network, wrap):
+def test_forms_of_public_files(tmp_path, build_network, wrap, public_state):
     network = build_network()
     torch.save(wrap(public_state(network)), tmp_path / "public.pth")
     loaded = load_pretrained(tmp_path / "public.pth")
@@ -50,7 +29,7 @@ def test_forms_of_public_files(tmp_path, build_network, wrap):
         assert torch.equal(loaded.state_dict()[key], value), key
 
 
-def test_public_resnet50(tmp_path, build_network):
+def test_public_resnet50(tmp_path, build_network, public_state):
     network = build_network(backbone="resnet50", channels=16)
     torch.save(public_state(network), tmp_path / "public.pth")
     loaded = load_pretrained(tmp_path / "public.pth")
@@ -61,14 +40,14 @@ def test_public_resnet50(tmp_path, build_network):
 
 
 @pytest.mark.reference
-def test_keys_of_the_public_files(reference, build_network):
+def test_keys_of_the_public_files(reference, build_network, public_state):
     published = read_torch_file(reference / "weights" / "mobilenet025_widerface.pth")
     published = {key.removeprefix("module.") for key in published.get("state_dict", published)}
     ours = set(public_state(build_network()))
     assert {key for key in ours if "num_batches" not in key} == {key for key in published if "num_batches" not in key}
 
 
-def test_missing_unexpected_and_misshaped_keys_are_named(tmp_path, tiny_network):
+def test_missing_unexpected_and_misshaped_keys_are_named(tmp_path, tiny_network, public_state):
     state = public_state(tiny_network)
     del state["ssh1.conv3X3.0.weight"]
     state["ssh1.novelty"] = torch.zeros(1)
@@ -84,7 +63,7 @@ def test_missing_unexpected_and_misshaped_keys_are_named(tmp_path, tiny_network)
     assert "1 mis-shaped (box_heads.2.bias (6,) instead of (8,))" in message
 
 
-def test_long_lists_of_keys_are_cut(tmp_path, tiny_network):
+def test_long_lists_of_keys_are_cut(tmp_path, tiny_network, public_state):
     state = {key: value for key, value in public_state(tiny_network).items() if not key.startswith("ssh")}
     torch.save(state, tmp_path / "short.pth")
     with pytest.raises(InputError, match=r"75 missing \(.*, \.\.\.\)") as error:
@@ -107,7 +86,10 @@ def pickled(path):
     ("write", "message"),
     [
         (pickled, "not a checkpoint that can be read safely"),
-        (lambda path: path.write_bytes(pickle.dumps(Harmful(), protocol=2)), "not a checkpoint that can be read safely"),
+        (
+            lambda path: path.write_bytes(pickle.dumps(Harmful(), protocol=2)),
+            "not a checkpoint that can be read safely",
+        ),
         (lambda path: path.write_bytes(b""), "not a checkpoint that can be read safely"),
         (lambda path: path.write_text("hello"), "not a checkpoint that can be read safely"),
         (lambda path: torch.save([1, 2], path), "holds no state dict"),
@@ -127,7 +109,7 @@ def test_files_that_are_no_checkpoint(tmp_path, write, message):
     assert not Harmful.ran
 
 
-def test_truncated_and_absent_files(tmp_path, tiny_network):
+def test_truncated_and_absent_files(tmp_path, tiny_network, public_state):
     path = tmp_path / "weights.pth"
     torch.save(public_state(tiny_network), path)
     path.write_bytes(path.read_bytes()[:-2000])
@@ -142,7 +124,9 @@ def test_truncated_and_absent_files(tmp_path, tiny_network):
 @pytest.mark.parametrize("prefix", ["", "module.", "module.body.", "body."])
 def test_backbone_weights(tmp_path, build_network, prefix):
     source = build_network().backbone.state_dict()
-    torch.save({"state_dict": {f"{prefix}{k}": v for k, v in source.items()} | {"fc.bias": torch.zeros(2)}}, tmp_path / "b")
+    torch.save(
+        {"state_dict": {f"{prefix}{k}": v for k, v in source.items()} | {"fc.bias": torch.zeros(2)}}, tmp_path / "b"
+    )
     network = RetinaFace()
     load_imagenet_backbone(network, tmp_path / "b")
     assert all(torch.equal(value, source[key]) for key, value in network.backbone.state_dict().items())
@@ -150,9 +134,9 @@ def test_backbone_weights(tmp_path, build_network, prefix):
 
 def test_backbone_weights_of_another_network(tmp_path, build_network):
     torch.save(build_network().backbone.state_dict(), tmp_path / "b.pth")
-    with pytest.raises(InputError, match="b.pth: does not fit"):
+    with pytest.raises(InputError, match=r"b.pth: does not fit"):
         load_imagenet_backbone(RetinaFace(NetworkConfig("resnet50")), tmp_path / "b.pth")
-    with pytest.raises(InputError, match="no mobilenet0.25 weights"):
+    with pytest.raises(InputError, match=r"no mobilenet0.25 weights"):
         load_imagenet_backbone(RetinaFace(), "imagenet")
 
 

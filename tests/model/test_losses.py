@@ -55,7 +55,9 @@ def test_targets_against_a_plain_restatement(faces):
     for picture, anchor in (labels == 1).nonzero().tolist():
         face = matches[picture, anchor]
         own = ANCHORS[anchor : anchor + 1]
-        torch.testing.assert_close(targets.box_deltas[picture, anchor], encode_boxes(boxes[picture, face][None], own)[0])
+        torch.testing.assert_close(
+            targets.box_deltas[picture, anchor], encode_boxes(boxes[picture, face][None], own)[0]
+        )
         torch.testing.assert_close(
             targets.landmark_deltas[picture, anchor], encode_landmarks(landmarks[picture, face][None], own)[0]
         )
@@ -168,7 +170,9 @@ class NoWaiting(TorchDispatchMode):
             "aten::_unique2",
         }, f"{name} waits for the device"
         if name == "aten::index":
-            assert not any(index is not None and index.dtype == torch.bool for index in args[1]), "boolean indexing waits"
+            assert not any(index is not None and index.dtype == torch.bool for index in args[1]), (
+                "boolean indexing waits"
+            )
         return function(*args, **(kwargs or {}))
 
 
