@@ -29,6 +29,6 @@ lint: $(INSTALLED) ## Check style, format and types
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy
 
-clean: ## Remove caches and results, but not the environment
-	rm -rf runs lightning_logs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## Remove caches, but neither the environment nor results
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

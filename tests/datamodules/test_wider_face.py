@@ -11,9 +11,8 @@ from torch.utils.data import default_convert
 
 from datamodules import WiderFaceDataModule
 from datamodules.wider_face import EpochSampler, collate_train, collate_validation, default_workers
-from retinaface.data.annotations import Sample, read_image
+from retinaface.data.annotations import MEAN_BGR, Sample, read_image
 from retinaface.data.synthetic import write_synthetic_root
-from retinaface.data.annotations import MEAN_BGR
 from retinaface.data.transforms import TransformOptions
 from retinaface.errors import InputError, one_line
 
