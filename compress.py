@@ -5,6 +5,7 @@ before. Finished stages are skipped, an interrupted one goes on from its last ch
 """
 
 import argparse
+import ctypes
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import string
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,12 @@ from retinaface.errors import InputError, one_line
 PROJECT = Path(__file__).resolve().parent
 CONFIGS = PROJECT / "configs"
 
-_console = Console(highlight=False, soft_wrap=True)
+_console = Console(markup=False, highlight=False, soft_wrap=True)
+
+_PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
+
+# What a dotted option of train.py may start with, so that no stage can have the name.
+_RESERVED = {"trainer", "model", "data", "checkpoint", "optimizer", "lr_scheduler", "seed_everything", "ckpt_path"}
 
 
 @dataclass
@@ -155,15 +162,18 @@ def load_recipe(path: Path) -> Recipe:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Recipe, as_group=False)
     try:
-        recipe: Recipe = parser.instantiate_classes(parser.parse_object(content if isinstance(content, dict) else {}))
+        recipe: Recipe = parser.instantiate(parser.parse_object(content if isinstance(content, dict) else {}))
         recipe = Recipe(**vars(recipe))
     except Exception as error:  # jsonargparse raises several kinds
         raise InputError(
             f"{path}: {' '.join(str(error).split())}; see configs/recipes for what a recipe holds"
         ) from error
     names = [stage.name for stage in recipe.stages]
-    if not names or len(set(names)) < len(names):
-        raise InputError(f"{path}: stages are named {names}; expected at least one, each with a name of its own")
+    if not names or len(set(names)) < len(names) or not all(n.isidentifier() and n not in _RESERVED for n in names):
+        raise InputError(
+            f"{path}: stages are named {names}; expected at least one, each with a name of its own, of letters, digits "
+            "and underscores, other than train.py's own options"
+        )
     for stage in recipe.stages:
         for name in stage.config:
             if not (CONFIGS / name).is_file():
@@ -189,9 +199,35 @@ def run_recipe(run: Run) -> None:
         resume = [f"--ckpt_path={result}"] if result.is_file() else []
         _console.print(f"{title}: {'resuming' if resume else 'starting'}")
         command = [sys.executable, str(PROJECT / "train.py"), *run.arguments(stage), *resume]
-        subprocess.run(command, check=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+        _run(command)
         _finish(run.out / stage.name / "model.onnx", exported)
     _report(run)
+
+
+def _run(command: list[str]) -> None:
+    """Runs a stage in a process group of its own, which does not outlive this process.
+
+    Raises:
+        subprocess.CalledProcessError: It failed.
+    """
+    stage = subprocess.Popen(command, start_new_session=True, preexec_fn=_die_with_parent)
+    try:
+        code = stage.wait()
+    except BaseException:  # Ctrl-C or SIGTERM: end the stage and the processes that it started, gently first
+        os.killpg(stage.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            stage.wait(timeout=20)
+        with suppress(ProcessLookupError):
+            os.killpg(stage.pid, signal.SIGKILL)
+        raise
+    if code:
+        raise subprocess.CalledProcessError(code, command)
+
+
+def _die_with_parent() -> None:
+    """Has the system kill this process when its parent is gone (Linux): two must not train in one folder."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _finish(model: Path, exported: Path) -> None:
@@ -220,17 +256,27 @@ def _check_data(run: Run) -> None:
 def _remember(run: Run) -> None:
     """Notes what the folder's run is, or checks that it is this one."""
     note = run.out / "run.json"
-    facts = {
+    facts: dict[str, Any] = {
         "recipe": run.name,
         "stages": {stage.name: run.arguments(stage) for stage in run.recipe.stages},
     }
-    # A run that never got as far as a checkpoint, such as one with a mistyped option, may be started over differently.
-    there = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else facts
-    if there != facts and any(run.checkpoint(stage).is_file() for stage in there["stages"]):
-        raise InputError(f"{run.out}: holds a run with another recipe, data or options; choose another --out")
+    try:
+        there = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else facts
+        # A stage that never got as far as a checkpoint, for a mistyped option perhaps, may be started differently.
+        begun = {name: words for name, words in there["stages"].items() if run.checkpoint(name).is_file()}
+        same = not begun or there["recipe"] == run.name
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{note}: damaged; choose another --out, or delete it if the folder is this run's") from error
+    for name, words in begun.items():
+        if not same or words != facts["stages"].get(name):
+            raise InputError(
+                f"{run.out}: its stage {name} ran with another recipe, data or options; choose another --out"
+            )
     try:
         run.out.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        part = note.with_name(f"{note.name}.part")
+        part.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        part.replace(note)
     except OSError as error:
         raise InputError(f"{run.out}: cannot be written to ({error.strerror}); choose another --out") from error
 
@@ -256,6 +302,7 @@ def parse_arguments(args: list[str] | None) -> Run:
     parser = argparse.ArgumentParser(
         prog="compress.py",
         allow_abbrev=False,
+        usage="%(prog)s RECIPE [--data.root DIR] [--weights FILE] [--out DIR] [train.py options]",
         description="Run a recipe: train a teacher, prune, quantize, export, report.",
         epilog="Any further option goes to train.py in every stage, such as --trainer.max_epochs 3; with a stage's "
         "name in front, in that one only: --pruned.trainer.max_epochs 3. "
@@ -268,6 +315,9 @@ def parse_arguments(args: list[str] | None) -> Run:
     known, overrides = parser.parse_known_args(args)
     recipe = load_recipe(known.recipe)
     name = known.recipe.stem
+    uses_weights = any("${weights}" in str(value) for stage in recipe.stages for value in stage.options.values())
+    if known.weights is not None and not uses_weights:
+        raise InputError(f"recipe {name}: uses no weights; leave --weights out")
     if recipe.needs_weights and known.weights is None:
         raise InputError(f"recipe {name}: starts from trained weights; give them with --weights FILE")
     out = known.out or Path("runs") / name

@@ -42,7 +42,7 @@ class ImageLogging(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         wanted = self.photos - len(self._drawn)
-        trial = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]
+        trial = trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]
         if wanted <= 0 or trial or not trainer.is_global_zero:
             return
         assert isinstance(pl_module, RetinaFaceModule)

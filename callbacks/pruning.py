@@ -20,7 +20,7 @@ class ChannelPruning(L.Callback):
 
     Args:
         ratio: Share of the channels of every layer to remove, 0 to 1.
-        round_to: Channel counts are rounded down to a multiple of this.
+        round_to: Channel counts are rounded down to a multiple of this, so narrow layers may lose more than ``ratio``.
         global_ranking: Rank the channels of all layers together.
         keep: Modules, with all below them, that lose none of their output channels, such as ``backbone.stage1``.
         max_ratio: No layer loses a larger share than this.
@@ -59,8 +59,8 @@ class ChannelPruning(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, RetinaFaceModule)
         # A checkpoint to go on from brings its own structure, and it may be that of another stage.
-        if not pl_module.structure.plans:
+        if not pl_module.structure.plans or pl_module.structure.quantization is not None:
             raise InputError(
-                f"{trainer.ckpt_path}: was not pruned, so the pruning stage cannot go on from it; give it as the "
+                f"{trainer.ckpt_path}: is not of a pruning stage, which cannot go on from it; give it as the "
                 "student (--model.init_args.student)"
             )

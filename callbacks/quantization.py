@@ -24,7 +24,8 @@ class QuantizationAwareTraining(L.Callback):
     Args:
         keep_float: Modules, with all below them, that stay in float, such as ``backbone.stage1`` or ``class_heads``.
         averaging: Weight of the newest batch in the moving average of each activation's range.
-        freeze_at: Share of the epochs after which ranges and batch statistics stand still, 0 to 1.
+        freeze_at: Share of the epochs after which ranges and batch statistics stand still, above 0 (they
+            need data first), up to 1 (never).
 
     Raises:
         InputError: A number is out of range; when a fit begins, ``keep_float`` names an unknown module, the network is
@@ -33,8 +34,8 @@ class QuantizationAwareTraining(L.Callback):
 
     def __init__(self, keep_float: Sequence[str] = HEADS, averaging: float = 0.02, freeze_at: float = 0.5) -> None:
         self.settings = QuantizationSettings(tuple(keep_float), averaging)
-        if not 0 <= freeze_at <= 1:
-            raise InputError(f"quantization: freeze_at is {freeze_at}; expected a share of the epochs from 0 to 1")
+        if not 0 < freeze_at <= 1:
+            raise InputError(f"quantization: freeze_at is {freeze_at}; expected a share of the epochs above 0, up to 1")
         self.freeze_at = freeze_at
 
     @override

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
+from retinaface.cpus import usable_cpus
 from retinaface.data.annotations import MEAN_BGR, Sample, load_split, read_image
 from retinaface.data.transforms import FACE, IGNORED, TrainTransform, TransformedSample, TransformOptions
 from retinaface.errors import InputError
@@ -214,6 +215,10 @@ class WiderFaceDataModule(L.LightningDataModule):
         return self.val_dataloader()
 
     @override
+    def predict_dataloader(self) -> DataLoader[ValidationItem]:
+        return self.val_dataloader()
+
+    @override
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Notes unreadable training files that the workers met, and warns of each once."""
         for path in batch.get("skipped", ()):
@@ -302,11 +307,13 @@ def default_workers(processes: int = 1) -> int:
         0 to 8.
     """
     # The CPUs of this machine may not all be this job's: affinity and SLURM tell.
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    own = available // max(processes, 1)
+    own = len(usable_cpus())
     per_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
     if per_task.isdecimal():
-        own = min(available, int(per_task))
+        own = min(own, int(per_task))
+    # SLURM starts one process per task; within a single task Lightning starts them, and they share its CPUs.
+    if not per_task or os.environ.get("SLURM_NTASKS", "1") == "1":
+        own //= max(processes, 1)
     return max(0, min(own - 1, _MOST_WORKERS))
 
 

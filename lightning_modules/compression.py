@@ -68,6 +68,7 @@ class CompressionModule(RetinaFaceModule):
     ) -> None:
         super().__init__(weights=student, activation=activation, optimizer=optimizer, loss=loss)
         self.distillation = distillation or DistillationSettings()
+        self._has_student = student is not None
         self.teacher: Network | None = None
         if teacher is not None:
             self.teacher, structure = load_network(teacher)
@@ -78,6 +79,13 @@ class CompressionModule(RetinaFaceModule):
     def student(self) -> Network:
         """The network that is made small."""
         return self.network
+
+    @override
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and not self._has_student:
+            raise InputError(
+                "student: none given; give the checkpoint to start from with --model.init_args.student FILE"
+            )
 
     @override
     def train(self, mode: bool = True) -> "CompressionModule":

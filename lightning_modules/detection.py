@@ -1,9 +1,8 @@
 """Trains and evaluates one detector."""
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning as L
@@ -12,17 +11,14 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
-from retinaface.compression.distillation import DistillationLosses
 from retinaface.compression.structure import Network, Structure, load_float_network
 from retinaface.errors import InputError
 from retinaface.evaluation.wider_ap import WiderFaceAP
-from retinaface.model.anchors import freeze_sizes, make_anchors
+from retinaface.model.anchors import make_anchors, picture_size
 from retinaface.model.checkpoints import load_imagenet_backbone
 from retinaface.model.losses import Losses, assign_targets, detection_loss
-from retinaface.model.network import Activation, NetworkConfig, RetinaFace, normalize
-from retinaface.model.postprocess import postprocess
-
-Outputs = tuple[Tensor, Tensor, Tensor]
+from retinaface.model.network import Activation, NetworkConfig, Outputs, RetinaFace, normalize
+from retinaface.model.postprocess import Detections, postprocess
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ class RetinaFaceModule(L.LightningModule):
     Args:
         network: The network to build. With ``weights``, which say it better: what backbone and anchors they must have.
         weights: Public RetinaFace file (.pth) or one of this project's checkpoints (.ckpt) to start from.
-        activation: Activation to train with from now on instead of the one in ``weights``.
+        activation: Activation to train with from now on instead of the one in ``weights`` or ``network``.
         backbone_weights: File with ImageNet weights of the backbone, or ``imagenet`` for torchvision's; only without
             ``weights``.
         optimizer: Optimizer and schedule.
@@ -101,7 +97,8 @@ class RetinaFaceModule(L.LightningModule):
         self.loss = loss or LossSettings()
         self.network: Network
         if weights is None:
-            self.structure = Structure(network or NetworkConfig())
+            config = network or NetworkConfig()
+            self.structure = Structure(config if activation is None else replace(config, activation=activation))
             self.network = self.structure.build()
             if backbone_weights is not None:
                 assert isinstance(self.network, RetinaFace)
@@ -124,10 +121,9 @@ class RetinaFaceModule(L.LightningModule):
         """Loss against the labels of a training batch."""
         height, width = batch["images"].shape[-2:]
         config = self.structure.network
-        anchors = make_anchors(
-            height, width, freeze_sizes(config.anchor_sizes), tuple(config.strides), batch["boxes"].device
-        )
-        scale = batch["boxes"].new_tensor([width, height])
+        device = batch["boxes"].device
+        anchors = make_anchors(height, width, config.anchor_sizes, config.strides, device)
+        scale = picture_size(height, width, device)
         targets = assign_targets(
             batch["boxes"] / scale.repeat(2),
             batch["landmarks"] / scale,
@@ -146,23 +142,19 @@ class RetinaFaceModule(L.LightningModule):
         self.log_losses("train", losses, len(batch["images"]))
         return losses.total
 
-    def log_losses(self, name: str, losses: Losses | DistillationLosses, batch_size: int) -> None:
+    def log_losses(self, name: str, losses: Losses, batch_size: int) -> None:
         """Logs the parts of a loss as ``<name>/<part>`` and their sum as ``<name>/loss``."""
         values = {f"{name}/{part}": value.detach() for part, value in losses._asdict().items()}
         self.log_dict(values, batch_size=batch_size)
         self.log(f"{name}/loss", losses.total.detach(), prog_bar=True, batch_size=batch_size)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Feeds the WIDER FACE metric: score from 0.02, NMS at 0.4, boxes in the photos' own pixels."""
-        images = batch["images"]
-        detections = postprocess(self(images), images.shape[-2:], self.structure.network, score_threshold=0.02)
+        """Feeds the WIDER FACE metric with what :meth:`predict_step` finds."""
+        detections = self.predict_step(batch, batch_idx)
         faces = batch["labels"] > 0
         self.val_ap.update(
             batch["image_ids"],
-            [
-                torch.cat([found.boxes / scale, found.scores[:, None]], dim=1)
-                for found, scale in zip(detections, batch["scales"], strict=True)
-            ],
+            [torch.cat([found.boxes, found.scores[:, None]], dim=1) for found in detections],
             [boxes[mask] for boxes, mask in zip(batch["boxes"], faces, strict=True)],
             [
                 {subset: counted[index][mask] for subset, counted in batch["counted"].items()}
@@ -170,12 +162,21 @@ class RetinaFaceModule(L.LightningModule):
             ],
         )
 
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Detections]:
+        """Faces of each photo of a validation batch: score from 0.02, NMS at 0.4, in the photos' own pixels."""
+        images = batch["images"]
+        detections = postprocess(self(images), images.shape[-2:], self.structure.network, score_threshold=0.02)
+        return [
+            Detections(found.boxes / scale, found.scores, found.landmarks / scale)
+            for found, scale in zip(detections, batch["scales"], strict=True)
+        ]
+
     def on_validation_epoch_end(self) -> None:
         """Logs the average precision of every subset that the photos are labelled for."""
         average_precision = self.val_ap.compute()  # over all processes, so each has the same
         self.val_ap.reset()
-        self.log_dict({f"val/ap_{subset}": value for subset, value in average_precision.items()})
-        self.log("val_ap", average_precision["all"], prog_bar=True, logger=False)
+        for subset, value in average_precision.items():
+            self.log(f"val/ap_{subset}", value, prog_bar=subset == "all")
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """As :meth:`validation_step`."""
@@ -223,8 +224,7 @@ def require_same(what: str, path: str, found: NetworkConfig, expected: NetworkCo
         InputError: Naming the first field that differs.
     """
     for name in fields:
-        # As JSON, since lists and tuples stand for the same.
-        has, needed = json.dumps(getattr(found, name)), json.dumps(getattr(expected, name))
+        has, needed = getattr(found, name), getattr(expected, name)
         if has != needed:
             raise InputError(f"{path}: its {name} {has} is not {needed}; give {what} of the same network")
 

@@ -11,11 +11,12 @@ from typing import Any
 import docstring_parser
 from jsonargparse import ArgumentParser
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from retinaface.errors import InputError, one_line
 
-_console = Console()
+_console = Console(markup=False, highlight=False, soft_wrap=True)
 
 
 def detect(
@@ -38,8 +39,8 @@ def detect(
 
     found, unreadable = detect_files(load_detector(model), images, out, draw_detections, score, nms)
     for path, faces in found.items():
-        _console.print(f"{path}: {len(faces.scores)} faces", highlight=False, soft_wrap=True)
-    _console.print(f"written to {out}", highlight=False, soft_wrap=True)
+        _console.print(f"{path}: {len(faces.scores)} faces")
+    _console.print(f"written to {out}")
     if unreadable:
         raise InputError(f"{len(unreadable)} of {len(images)} photos skipped: {'; '.join(unreadable)}")
 
@@ -57,7 +58,7 @@ def evaluate(model: Path, root: Path, json: Path | None = None) -> None:
     from retinaface.evaluation.evaluate import evaluate as measure
 
     result = measure(model, root)
-    table = Table(title=f"{model} in {result.runtime}: {result.photos} photos, {result.faces} faces")
+    table = Table(title=escape(f"{model} in {result.runtime}: {result.photos} photos, {result.faces} faces"))
     for heading in (*result.ap, "images/s"):
         table.add_column(heading, justify="right")
     table.add_row(*("-" if ap is None else f"{ap:.4f}" for ap in result.ap.values()), f"{result.images_per_second:.1f}")
@@ -80,7 +81,7 @@ def export(ckpt: Path, out: Path) -> None:
     from retinaface.delivery.export import export_onnx
 
     export_onnx(load_network(ckpt)[0], out)
-    _console.print(f"written to {out} ({out.stat().st_size / 1e6:.2f} MB)", highlight=False, soft_wrap=True)
+    _console.print(f"written to {out} ({out.stat().st_size / 1e6:.2f} MB)")
 
 
 def benchmark(
@@ -127,7 +128,7 @@ def wider_ap(predictions: Path, ground_truth: Path, json: Path | None = None) ->
 
     result = evaluate_predictions(predictions, ground_truth)
     for subset, value in result.items():
-        _console.print(f"{subset}: {value:.6f}", highlight=False)
+        _console.print(f"{subset}: {value:.6f}")
     _write_json(json, {subset: None if math.isnan(value) else value for subset, value in result.items()})
 
 

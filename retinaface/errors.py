@@ -11,4 +11,5 @@ class InputError(Exception):
 
 def one_line(error: InputError) -> str:
     """The message of an error, also when a data loading process passed it on inside its traceback."""
-    return str(error).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.{InputError.__qualname__}: ")
+    passed_on = f"{InputError.__module__}.{InputError.__qualname__}: "
+    return " ".join(str(error).rpartition(passed_on)[2].split())

@@ -31,6 +31,7 @@ from retinaface.model.network import NetworkConfig, RetinaFace
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT.parent / "shared" / "reference"
+CACHES = {".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__"}
 
 # Module names here, and those of the widely used public files.
 PUBLIC_NAMES = [
@@ -56,19 +57,19 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _leave_nothing_behind() -> Iterator[None]:
-    """Every test starts from the same seed, restores the environment, and leaves no folder in the checkout."""
+    """Every test starts from the same seed, restores the environment, and leaves nothing in the checkout."""
     torch.manual_seed(0)
     environment = dict(os.environ)
-    folders = _folders()
+    names = _names()
     yield
     os.environ.clear()
     os.environ.update(environment)
-    left = sorted(_folders() - folders)
+    left = sorted(_names() - names)
     assert not left, f"the test left {', '.join(left)} in the checkout"
 
 
-def _folders() -> set[str]:
-    return {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith((".", "__"))}
+def _names() -> set[str]:
+    return {path.name for path in ROOT.iterdir()} - CACHES
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
+from lightning.pytorch.loggers import WandbLogger
 
 import train
 from callbacks import ChannelPruning, QuantizationAwareTraining
 from lightning_modules import CompressionModule, RetinaFaceModule
+from retinaface.evaluation.wider_ap import WiderFaceAP
+from retinaface.model.postprocess import Detections
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -76,11 +80,62 @@ def test_short_options_reach_the_stages_own_callback(tiny_root, tiny_checkpoint)
     assert pruning.settings.ratio == 0.1
 
 
-def test_wandb_configuration_is_read(tiny_root, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    configs = (*TEACHER, "wandb.yaml")
-    cli = train.main(arguments(tiny_root, *configs, more=[DEVELOPMENT, "--model.init_args.network.channels=16"]))
-    assert cli.config.fit.trainer.logger.class_path == "lightning.pytorch.loggers.WandbLogger"
+def one_run_in(folder, epochs=1):
+    return [
+        "--model.init_args.network.channels=16",
+        f"--trainer.max_epochs={epochs}",
+        f"--trainer.default_root_dir={folder}",
+        f"--checkpoint.dirpath={folder / 'checkpoints'}",
+    ]
+
+
+def test_wandb_records_a_run_without_an_account(tiny_root, tmp_path, monkeypatch, quick_export):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    more = [*one_run_in(tmp_path), f"--trainer.logger.init_args.save_dir={tmp_path}"]
+    try:
+        cli = train.main(arguments(tiny_root, *TEACHER, "wandb.yaml", more=more))
+        assert isinstance(cli.trainer.logger, WandbLogger)
+    finally:
+        wandb.finish()
+        wandb.teardown()
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    (record,) = run.glob("*.wandb")
+    content = record.read_bytes()
+    for name in (b"val/ap_all", b"lr-AdamW"):
+        assert name in content
+    assert list((run / "files" / "media" / "images").rglob("*.png"))  # the sheet of detections
+
+
+def test_last_checkpoint_is_the_newest_even_as_accuracy_falls(tiny_root, tmp_path, monkeypatch, quick_export):
+    values = [1.0, 0.5, 0.25]
+    left = iter(values)
+    monkeypatch.setattr(WiderFaceAP, "compute", lambda self: {"all": torch.tensor(next(left))})
+    cli = train.main(arguments(tiny_root, *TEACHER, more=one_run_in(tmp_path, epochs=3)))
+    assert float(cli.trainer.callback_metrics["val/ap_all"]) == values[-1]
+    (file,) = (tmp_path / "checkpoints").iterdir()
+    assert file.name == "last.ckpt"
+    content = torch.load(file, weights_only=True)
+    assert content["epoch"] == 2
+    assert content["global_step"] == cli.trainer.global_step == 6
+    trained = cli.model.network.state_dict()
+    assert all(torch.equal(trained[name.removeprefix("network.")], v) for name, v in content["state_dict"].items())
+
+
+def test_predict_finds_faces_on_the_validation_photos(tiny_root, tiny_checkpoint):
+    more = ["--model=lightning_modules.RetinaFaceModule", f"--model.init_args.weights={tiny_checkpoint}"]
+    cli = train.main(arguments(tiny_root, "data/wider_face.yaml", command="predict", more=more))
+    found = cli.trainer.predict_loop.predictions
+    assert len(found) == 5
+    assert all(isinstance(faces, Detections) for batch in found for faces in batch)
+
+
+def test_compression_without_a_student_is_one_line(tiny_root, capsys):
+    for stage in ("prune", "qat"):
+        error = one_line_error(arguments(tiny_root, "data/wider_face.yaml", f"stage/{stage}.yaml"), capsys)
+        assert "student: none given" in error
 
 
 def test_noise_is_off_and_a_checkpoint_validates(tiny_root, tiny_checkpoint, tmp_path, capfd, recwarn):
@@ -97,7 +152,7 @@ def test_noise_is_off_and_a_checkpoint_validates(tiny_root, tiny_checkpoint, tmp
     for noise in ("tensorboardX", "Tip:", "eval mode", "logging interval", "LeafSpec"):
         assert noise not in shown
     ap = fitted.trainer.callback_metrics["val/ap_all"]
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
     for command in ("validate", "test"):
         last = f"--ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}"
         configs = ("data/wider_face.yaml",)

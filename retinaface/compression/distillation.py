@@ -1,30 +1,14 @@
 """Distillation: the student learns to say what the frozen teacher says (arXiv:1503.02531)."""
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Outputs = tuple[Tensor, Tensor, Tensor]
+from retinaface.model.losses import Losses
+from retinaface.model.network import Outputs
 
 
-class DistillationLosses(NamedTuple):
-    """The parts of the distillation loss, each a scalar."""
-
-    classes: Tensor
-    boxes: Tensor
-    landmarks: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        """The sum."""
-        return self.classes + self.boxes + self.landmarks
-
-
-def distillation_loss(
-    student: Outputs, teacher: Outputs, temperature: float = 3.0, confidence: float = 0.3
-) -> DistillationLosses:
+def distillation_loss(student: Outputs, teacher: Outputs, temperature: float = 3.0, confidence: float = 0.3) -> Losses:
     """Distils class logits, boxes and landmarks.
 
     Args:
@@ -41,7 +25,7 @@ def distillation_loss(
     score = teacher_logits.softmax(dim=-1)[..., 1]
     confident = torch.where(score >= confidence, score, 0.0)
     total = confident.sum().clamp(min=1)
-    return DistillationLosses(
+    return Losses(
         classes=logit_distillation(student_logits, teacher_logits, temperature),
         boxes=(F.smooth_l1_loss(student_boxes, teacher_boxes, reduction="none").sum(-1) * confident).sum() / total,
         landmarks=(F.smooth_l1_loss(student_landmarks, teacher_landmarks, reduction="none").sum(-1) * confident).sum()

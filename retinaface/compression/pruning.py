@@ -13,7 +13,7 @@ import torch_pruning as tp
 from torch import nn
 
 from retinaface.errors import InputError
-from retinaface.model.network import RetinaFace
+from retinaface.model.network import RetinaFace, matching_modules
 
 # A plan is what pruning removed, in order: name of the module where a group starts, whether by its output channels, and
 # the channel indices. Plain values, so that a checkpoint can hold it.
@@ -26,14 +26,15 @@ class PruningSettings:
 
     Attributes:
         ratio: Share of the channels of every layer to remove, 0 to 1.
-        round_to: Channel counts are rounded to a multiple of this, which vector units want.
+        round_to: Channel counts are rounded down to a multiple of this, which vector units want; narrow layers may lose
+            more than ``ratio`` by it.
         global_ranking: Rank all channels of the network together, so that layers lose more or less than ``ratio``,
             instead of every layer by itself.
         keep: Modules, with all below them, that lose none of their output channels.
         max_ratio: No layer loses a larger share than this.
     """
 
-    ratio: float = 0.3
+    ratio: float = 0.4
     round_to: int = 8
     global_ranking: bool = False
     keep: Sequence[str] = field(default=())
@@ -129,15 +130,9 @@ def _example() -> torch.Tensor:
     return torch.zeros(1, 3, 64, 64)
 
 
-def _below(network: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    modules = dict(network.named_modules())
-    unknown = [name for name in names if name not in modules]
-    if unknown:
-        raise InputError(
-            f"pruning: keep names {', '.join(unknown)}, which the network does not have; expected module names such as "
-            "backbone.stage1, fpn or ssh.1"
-        )
-    return [module for name in names for module in modules[name].modules()]
+def _below(network: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
+    names = matching_modules(network, patterns, "pruning: keep")
+    return [module for name in names for module in network.get_submodule(name).modules()]
 
 
 def _width(module: nn.Module | None, is_output: bool) -> int:

@@ -27,7 +27,7 @@ from torchao.quantization.pt2e.quantizer import (
 from torchao.quantization.pt2e.utils import fold_bn_weights_into_conv_node
 
 from retinaface.errors import InputError
-from retinaface.model.network import RetinaFace
+from retinaface.model.network import Outputs, RetinaFace, matching_modules
 
 _ops = torch.ops.aten
 _CONVOLUTIONS = {_ops.conv2d.default}
@@ -36,7 +36,7 @@ _POOLING = {_ops.max_pool2d.default, _ops.upsample_nearest2d.vec}
 
 HEADS = ("class_heads", "box_heads", "landmark_heads")
 
-# Weights of batch norms are kept from zero, where the channel says nothing anyway.
+# Weights of batch norms start away from zero, where the channel says nothing anyway.
 _SMALLEST_GAMMA = 1e-6
 
 
@@ -45,14 +45,19 @@ class QuantizationSettings:
     """What is quantized, and how the ranges are observed.
 
     Attributes:
-        keep_float: Modules, with all below them, that stay in float: names such as ``backbone.stage1.0`` or
-            ``class_heads``. A single convolution (with ReLU) between two in INT8 stays in float in the file, but ONNX
-            Runtime rounds its weights on its own; name a whole block.
+        keep_float: Modules, with all below them, that stay in float: names, with wildcards as in
+            :func:`retinaface.model.network.matching_modules`, such as ``backbone.*1`` or ``class_heads``. A single
+            convolution (with ReLU) between two in INT8 stays in float in the file, but ONNX Runtime rounds its weights
+            on its own; name a whole block.
         averaging: Weight of the newest batch in the moving average of each activation's range.
     """
 
     keep_float: Sequence[str] = field(default=HEADS)
     averaging: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not 0 < self.averaging <= 1:
+            raise InputError(f"quantization: averaging is {self.averaging}; expected a weight above 0, up to 1")
 
 
 class ActivationFakeQuantize(FusedMovingAvgObsFakeQuantize):
@@ -65,6 +70,11 @@ class ActivationFakeQuantize(FusedMovingAvgObsFakeQuantize):
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point, ``(1,)`` each, as last used."""
         return self.scale, self.zero_point
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Keeps shape and type; rounds in float32, also where autocast computes in bfloat16."""
+        rounded: Tensor = super().forward(X.float())
+        return rounded.to(X.dtype)
 
 
 class PerChannelFakeQuantize(FakeQuantizeBase):
@@ -122,19 +132,20 @@ class OnnxRuntimeQuantizer(Quantizer):
     output channel.
 
     Args:
-        settings: What stays in float.
+        keep_float: Names of the modules that stay in float.
+        averaging: Weight of the newest batch in the moving average of each activation's range.
     """
 
-    def __init__(self, settings: QuantizationSettings) -> None:
+    def __init__(self, keep_float: Sequence[str], averaging: float) -> None:
         super().__init__()
-        self.keep_float = tuple(settings.keep_float)
+        self.keep_float = tuple(keep_float)
         self.activation = QuantizationSpec(
             dtype=torch.uint8,
             quant_min=0,
             quant_max=255,
             qscheme=torch.per_tensor_affine,
             observer_or_fake_quant_ctr=ActivationFakeQuantize.with_args(
-                observer=MovingAverageMinMaxObserver, averaging_constant=settings.averaging
+                observer=MovingAverageMinMaxObserver, averaging_constant=averaging
             ),
         )
         self.weight = QuantizationSpec(
@@ -260,12 +271,12 @@ class FakeQuantizedRetinaFace(nn.Module):
         self.training = mode
         return self
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor) -> Outputs:
         """As :meth:`retinaface.model.network.RetinaFace.forward`."""
         live = self.training and not self.frozen
         if live != self._mode:
             self._switch(live)
-        outputs: tuple[Tensor, Tensor, Tensor] = self.graph(images)
+        outputs: Outputs = self.graph(images)
         return outputs
 
     def _switch(self, live: bool) -> None:
@@ -294,18 +305,21 @@ def prepare_for_training(network: RetinaFace, settings: QuantizationSettings) ->
     Raises:
         InputError: ``keep_float`` names a module that the network does not have.
     """
-    modules = dict(network.named_modules())
-    unknown = [name for name in settings.keep_float if name not in modules]
-    if unknown:
+    keep_float = matching_modules(network, settings.keep_float, "quantization: keep_float")
+    alone = [name for name in keep_float if not _has_convolution(network.get_submodule(name))]
+    if alone:
         raise InputError(
-            f"quantization: keep_float names {', '.join(unknown)}, which the network does not have; expected module "
-            "names such as backbone, fpn.lateral.0, ssh.1 or class_heads"
+            f"quantization: keep_float names {alone[0]}, which holds no convolution; name the module around it"
         )
     graph = _export(network)
     _free_convolutions(graph)
-    _part_float_convolutions(graph, settings.keep_float)
-    prepared = prepare_qat_pt2e(graph, OnnxRuntimeQuantizer(settings))
+    _part_float_convolutions(graph, keep_float)
+    prepared = prepare_qat_pt2e(graph, OnnxRuntimeQuantizer(keep_float, settings.averaging))
     return FakeQuantizedRetinaFace(prepared, network).train(network.training)
+
+
+def _has_convolution(module: nn.Module) -> bool:
+    return any(isinstance(each, nn.Conv2d) for each in module.modules())
 
 
 def _export(network: RetinaFace) -> GraphModule:
@@ -347,8 +361,7 @@ def _part_float_convolutions(graph: GraphModule, keep_float: Sequence[str]) -> N
     a float pair would be left with three extra operations and its batch norm.
     """
     for node in list(graph.graph.nodes):
-        if node.target is _ops.batch_norm.default and _is_in(node, keep_float):
-            convolution = node.args[0]
+        if node.target is _ops.batch_norm.default and _is_in(convolution := node.args[0], keep_float):
             with graph.graph.inserting_after(convolution):
                 parted = graph.graph.call_function(_ops.alias.default, (convolution,))
             node.update_arg(0, parted)

@@ -70,19 +70,16 @@ def load_network(path: Path | str) -> tuple[Network, Structure]:
         InputError: The file cannot be read, or holds no network that this project can build.
     """
     content = read_torch_file(path)
-    if not (isinstance(content, Mapping) and "structure" in content):
+    if not _has_structure(content):
         network = load_pretrained(path)
         return network, Structure(network.config)
+    structure = _recorded_structure(path, content)
     try:
-        structure = Structure.from_plain(content["structure"])
         weights = content["state_dict"]
         state = {key.removeprefix(_PREFIX): value for key, value in weights.items() if key.startswith(_PREFIX)}
         built = structure.build()
     except (AttributeError, KeyError, TypeError, ValueError, InputError) as error:
-        raise InputError(
-            f"{path}: the record of the network's structure is damaged ({type(error).__name__}: {error}); give "
-            "a checkpoint as it was written, by this version"
-        ) from error
+        raise _damaged(path, error) from error
     if isinstance(built, RetinaFace):
         load_matching(built, state, str(path))
     else:
@@ -92,6 +89,37 @@ def load_network(path: Path | str) -> tuple[Network, Structure]:
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"{path}: the weights do not fit the structure recorded with them ({reason})") from error
     return built.eval(), structure
+
+
+def load_structure(path: Path | str) -> Structure:
+    """Reads the structure of a checkpoint without building the network.
+
+    Args:
+        path: ``.ckpt`` or ``.pth``.
+
+    Raises:
+        InputError: As :func:`load_network`.
+    """
+    content = read_torch_file(path)
+    return _recorded_structure(path, content) if _has_structure(content) else Structure(load_pretrained(path).config)
+
+
+def _has_structure(content: object) -> bool:
+    return isinstance(content, Mapping) and "structure" in content
+
+
+def _recorded_structure(path: Path | str, content: Mapping[str, Any]) -> Structure:
+    try:
+        return Structure.from_plain(content["structure"])
+    except (AttributeError, KeyError, TypeError, ValueError, InputError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path | str, error: Exception) -> InputError:
+    return InputError(
+        f"{path}: the record of the network's structure is damaged ({type(error).__name__}: {error}); give "
+        "a checkpoint as it was written, by this version"
+    )
 
 
 def load_float_network(path: Path | str, activation: str | None = None) -> tuple[RetinaFace, Structure]:

@@ -3,6 +3,7 @@
 All coordinates are pixels of the stored photo, measured from its top left corner: pixel ``i`` covers ``[i, i + 1)``.
 """
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 from scipy.io import loadmat
 
 from retinaface.errors import InputError
+
+_log = logging.getLogger(__name__)
 
 Split = Literal["train", "val"]
 
@@ -275,6 +278,14 @@ def _with_difficulty(
             landmarks[match >= 0] = known.landmarks[match[match >= 0]]
         valid = _has_size(boxes) & _valid_like(boxes, known)
         merged.append(Sample(photos[name], name, boxes, landmarks, {"all": valid, **counted}))
+    if len(merged) < len(truth):
+        _log.warning(
+            "%s: %d of the %d official photos are in WIDER_val/images; the others are left out, so the figures are not "
+            "the official ones",
+            folder,
+            len(merged),
+            len(truth),
+        )
     if not merged:
         raise InputError(
             f"{folder}: none of the photos that the .mat files name is in WIDER_val/images; unpack it there"
@@ -418,7 +429,7 @@ def _load_mat(file: Path, keys: tuple[str, ...]) -> dict[str, Any]:
 def _is_truncated(content: bytes) -> bool:
     """Whether a JPEG or PNG lacks its end; other formats are left to the decoder."""
     if content.startswith(b"\x89PNG"):
-        return b"IEND" not in content[-64:]
+        return b"IEND\xaeB`\x82" not in content  # the last chunk's name and its checksum, which is always the same
     if not content.startswith(b"\xff\xd8"):
         return False
     # An embedded thumbnail has an end marker of its own, so walk over the header to where the picture's data start.

@@ -97,9 +97,9 @@ def write_synthetic_root(root: Path | str, train: int, val: int, size: int = 320
         _write_split(new, "train", train, size, seed=(seed, 0))
         _write_split(new, "val", val, size, seed=(seed, 1))
         (new / MARKER).write_text(json.dumps(asdict(settings)) + "\n", encoding="utf-8")
-        if root.exists():
-            root.rename(old)
         try:
+            if root.exists():
+                root.rename(old)
             new.rename(root)
         except OSError:
             if not _is_complete(root, settings):  # otherwise another process was faster, with the same result

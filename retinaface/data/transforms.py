@@ -74,7 +74,10 @@ class TransformOptions:
                 raise InputError(f"{name}: expected 0 < low <= high, found {low}, {high}")
         if self.crop_tries < 1:
             raise InputError(f"crop_tries: expected at least 1, found {self.crop_tries}")
-        for name in ("flip", "affine", "colour", "min_visible", "brightness", "contrast", "saturation"):
+        for name in ("min_face", "rotate"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}: expected 0 or more, found {getattr(self, name)}")
+        for name in ("flip", "affine", "translate", "colour", "min_visible", "brightness", "contrast", "saturation"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}: expected a number from 0 to 1, found {getattr(self, name)}")
         if not 0 <= self.hue <= 0.5:

@@ -1,6 +1,7 @@
 """Finds faces in photos: annotated pictures and a JSON file out."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import chain, count
 from pathlib import Path
@@ -55,7 +56,9 @@ def detect_files(
     found: dict[str, Detections] = {}
     unreadable = []
     images = list(dict.fromkeys(images))
-    taken: set[str] = set()
+    names = Counter(path.name for path in images)
+    # The photos themselves must not be overwritten, where --out is their own folder.
+    taken = {path.name.lower() for path in images if path.resolve().parent == out.resolve()}
     for path in track(images, "detecting", console=console, transient=True, disable=not console.is_terminal):
         try:
             image = read_image(path)
@@ -65,7 +68,7 @@ def detect_files(
         faces = detector.detect(image, score_threshold, nms_threshold)
         found[str(path)] = faces
         picture = draw(image, faces.boxes.numpy(), faces.scores.numpy(), faces.landmarks.numpy())
-        copy = out / _copy_name(path, images, taken)
+        copy = out / _copy_name(path, names[path.name] > 1, taken)
         if not cv2.imwrite(str(copy), picture):
             raise InputError(f"{copy}: cannot be written; choose another --out")
     content = {path: {key: value.tolist() for key, value in faces._asdict().items()} for path, faces in found.items()}
@@ -78,16 +81,15 @@ def detect_files(
     return found, unreadable
 
 
-def _copy_name(path: Path, images: Sequence[Path], taken: set[str]) -> str:
+def _copy_name(path: Path, shared: bool, taken: set[str]) -> str:
     """Name of the annotated copy: the photo's own, with folder and number where it takes them to be its own.
 
     Args:
         path: The photo.
-        images: All photos.
+        shared: Whether another photo has the same name.
         taken: Names in use, in lower case since not every file system tells ``A.jpg`` from ``a.jpg``; the new one is
             added.
     """
-    shared = sum(other.name == path.name for other in images) > 1
     stem = f"{path.absolute().parent.name}_{path.stem}" if shared else path.stem
     suffix = path.suffix if cv2.haveImageWriter(path.name) else ".png"
     names = (f"{stem}{number}{suffix}" for number in chain([""], (f"_{n}" for n in count(2))))

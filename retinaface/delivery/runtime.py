@@ -1,7 +1,6 @@
 """Runs a detector from any of its file formats behind one interface."""
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from retinaface.compression.structure import load_network
+from retinaface.cpus import usable_cpus
 from retinaface.delivery.export import INPUT_NAME, METADATA_KEY, OUTPUT_NAMES
 from retinaface.errors import InputError
-from retinaface.model.network import NetworkConfig, normalize
+from retinaface.model.network import NetworkConfig, Outputs, normalize
 from retinaface.model.postprocess import Detections, postprocess
-
-Outputs = tuple[Tensor, Tensor, Tensor]
 
 # The exported networks need at least two positions at the coarsest stride.
 _SMALLEST_SIDE = 64
@@ -98,7 +96,7 @@ def load_detector(path: Path | str, threads: int | None = None) -> Detector:
 
 def _load_onnx(path: Path, threads: int | None) -> Detector:
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or available_cpus()
+    options.intra_op_num_threads = threads or len(usable_cpus())
     options.log_severity_level = 3
     try:
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -117,8 +115,3 @@ def _load_onnx(path: Path, threads: int | None) -> Detector:
         return torch.from_numpy(class_logits), torch.from_numpy(box_deltas), torch.from_numpy(landmark_deltas)
 
     return Detector(config, run, "onnxruntime")
-
-
-def available_cpus() -> int:
-    """Number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -6,7 +6,6 @@ rounds, with an interval that says whether it can be told from 1.
 """
 
 import importlib.metadata
-import os
 import platform
 import time
 from collections.abc import Sequence
@@ -19,10 +18,12 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 from scipy.stats import quantile_test
 
+from retinaface.cpus import usable_cpus
 from retinaface.errors import InputError
 
 INT8_FLAGS = ("avx2", "avx512_vnni", "avx_vnni", "amx_int8", "neon", "asimd", "asimddp", "i8mm")
@@ -231,7 +232,7 @@ def benchmark_table(timings: Sequence[Timing]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for index, timing in enumerate(timings):
         table.add_row(
-            timing.model,
+            escape(timing.model),
             f"{timing.median_ms:.2f}",
             f"{timing.p10_ms:.2f}-{timing.p90_ms:.2f}",
             f"{timing.ratio:.2f}x",
@@ -261,7 +262,7 @@ def machine_facts() -> dict[str, Any]:
         "cpu": _cpuinfo_value(cpuinfo, "model name") or platform.processor() or platform.machine(),
         "flags": [flag for flag in INT8_FLAGS if flag in flags],
         "cores": physical_cores(),
-        "threads": len(_usable_cpus()),
+        "threads": len(usable_cpus()),
         "os": platform.platform(),
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
@@ -277,15 +278,9 @@ def physical_cores() -> int:
     folder = Path("/sys/devices/system/cpu")
     siblings = [
         _read_text(folder / f"cpu{cpu}" / "topology" / "thread_siblings_list").strip() or str(cpu)
-        for cpu in _usable_cpus()
+        for cpu in usable_cpus()
     ]
     return len(set(siblings))
-
-
-def _usable_cpus() -> list[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 def _cpuinfo_value(cpuinfo: str, *keys: str) -> str:

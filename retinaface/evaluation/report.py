@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from retinaface.compression.pruning import count_complexity
-from retinaface.compression.structure import load_network
+from retinaface.compression.structure import load_structure
 from retinaface.evaluation.benchmark import Timing, benchmark, machine_facts
 from retinaface.evaluation.evaluate import Evaluation, evaluate
 from retinaface.evaluation.visualize import plot_precision_recall, plot_report
@@ -78,7 +79,7 @@ def build_report(
 def _model(
     name: str, checkpoint: Path, file: Path, evaluation: Evaluation, timing: Timing, size: int
 ) -> dict[str, Any]:
-    params, macs = count_complexity(load_network(checkpoint)[1].build_float(), size)
+    params, macs = count_complexity(load_structure(checkpoint).build_float(), size)
     return {
         "name": name,
         "ap": evaluation.ap,
@@ -98,32 +99,40 @@ def _kept(model: Mapping[str, Any], teacher: Mapping[str, Any]) -> float | None:
     return own / whole if own is not None and whole else None
 
 
-HEADINGS = ("model", *(f"AP {subset}" for subset in SUBSETS), "kept", "params", "GMACs", "ONNX", "ms", "speed-up")
-
-
 def report_rows(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The report's table: a row per model under :data:`HEADINGS`, relative figures against the first."""
+    """The report's table: a row of headings, then a row per model, relative figures against the first.
+
+    Subsets that the photos are not labelled for have no column.
+    """
+    subsets = [name for name in SUBSETS if name == "all" or any(model["ap"][name] is not None for model in models)]
+    headings = ["model", *(f"AP {name}" for name in subsets), "kept", "params", "GMACs", "ONNX", "ms", "speed-up"]
     return [
-        [
-            model["name"],
-            *("-" if (value := model["ap"][subset]) is None else f"{value:.3f}" for subset in SUBSETS),
-            "-" if (kept := _kept(model, models[0])) is None else f"{kept:.1%}",
-            f"{model['params'] / 1e6:.3f} M",
-            f"{model['macs'] / 1e9:.3f}",
-            f"{model['onnx_bytes'] / 1e6:.2f} MB",
-            f"{model['latency_ms_median']:.2f}",
-            f"{model['speedup']:.2f}x",
-        ]
-        for model in models
+        headings,
+        *(
+            [
+                model["name"],
+                *("-" if (value := model["ap"][name]) is None else f"{value:.3f}" for name in subsets),
+                "-" if (kept := _kept(model, models[0])) is None else f"{kept:.1%}",
+                f"{model['params'] / 1e6:.3f} M",
+                f"{model['macs'] / 1e9:.3f}",
+                f"{model['onnx_bytes'] / 1e6:.2f} MB",
+                f"{model['latency_ms_median']:.2f}",
+                f"{model['speedup']:.2f}x",
+            ]
+            for model in models
+        ),
     ]
 
 
 def report_table(report: Mapping[str, Any]) -> Table:
     """The report's table for a terminal."""
-    table = Table(title=f"{report['recipe']}: {report['data']['photos']} photos, {report['data']['faces']} faces")
-    for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
-    for row in report_rows(report["models"]):
+    table = Table(
+        title=escape(f"{report['recipe']}: {report['data']['photos']} photos, {report['data']['faces']} faces")
+    )
+    headings, *rows = report_rows(report["models"])
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "model" else "right", overflow="fold")
+    for row in rows:
         table.add_row(*row)
     return table
 
@@ -136,7 +145,8 @@ def report_markdown(report: Mapping[str, Any]) -> str:
     why = "" if report["models"][0]["ap"]["all"] else " (the teacher finds no face, so there is nothing to keep)"
     low, high = report["speedup_interval"]
     interval = "" if low is None else f" (95 % interval {low:.2f}-{high:.2f})"
-    table = [HEADINGS, ["---", *["---:"] * (len(HEADINGS) - 1)], *report_rows(report["models"])]
+    headings, *rows = report_rows(report["models"])
+    table = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
     lines = [
         f"# {report['recipe']}",
         "",
@@ -152,7 +162,7 @@ def report_markdown(report: Mapping[str, Any]) -> str:
         "## How it was measured",
         "",
         f"- **Accuracy:** average precision at IoU 0.5 with the WIDER FACE protocol on the {data['photos']} validation "
-        f"photos ({data['faces']} valid faces) under `{data['root']}`, which no model was trained on; each photo at "
+        f"photos ({data['faces']} valid faces) under `{data['root']}`, which this run did not train on; each photo at "
         "its own size, score from 0.02, NMS at 0.4; every model as ONNX in ONNX Runtime. `all` counts every valid "
         "face; easy, medium and hard need the official `.mat` files.",
         f"- **Time:** {timing['rounds']} rounds at 1x3x{timing['size']}x{timing['size']}, the models in turns, ONNX "

@@ -11,8 +11,8 @@ from torch import Tensor
 def make_anchors(
     height: int,
     width: int,
-    anchor_sizes: tuple[tuple[int, ...], ...],
-    strides: tuple[int, ...],
+    anchor_sizes: Sequence[Sequence[int]],
+    strides: Sequence[int],
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Lays square anchors of every size over the centre of every position of every level.
@@ -20,8 +20,8 @@ def make_anchors(
     Args:
         height: Picture height in pixels.
         width: Picture width in pixels.
-        anchor_sizes: Side lengths in pixels, per level.
-        strides: Pixels per position, per level; a level has ``ceil(height / stride)`` rows.
+        anchor_sizes: Side lengths in pixels, per level; tuples, as in ``NetworkConfig``.
+        strides: Pixels per position, per level, a tuple; a level has ``ceil(height / stride)`` rows.
         device: Where to put them. The result is cached and must not be changed.
 
     Returns:
@@ -40,6 +40,7 @@ def make_anchors(
     return torch.cat(levels).to(device)
 
 
-def freeze_sizes(anchor_sizes: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    """Turns anchor sizes from YAML or a checkpoint (lists) into the hashable form that the cache needs."""
-    return tuple(tuple(sizes) for sizes in anchor_sizes)
+@lru_cache(maxsize=64)
+def picture_size(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """Width and height as a ``(2,)`` float32 tensor on a device, cached so that no step waits for the copy."""
+    return torch.tensor([width, height], dtype=torch.float32, device=device)

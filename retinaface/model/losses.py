@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retinaface.model.boxes import encode_boxes, encode_landmarks, pairwise_iou, to_xyxy
+from retinaface.model.network import Outputs
 
 # Faces compared with all anchors at a time: bounds memory on crowds (8 pictures x 64 faces x 16,800 anchors = 34 MB).
 _FACES_AT_A_TIME = 64
@@ -32,7 +33,7 @@ class Targets(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """The three tasks, each a scalar, already weighted; their sum is the loss."""
+    """The losses of the three tasks, each a scalar, already weighted; their sum is the loss."""
 
     classes: Tensor
     boxes: Tensor
@@ -55,7 +56,8 @@ def assign_targets(
     """Gives each anchor the face that it overlaps most, and each face at least its best anchor.
 
     An anchor is a face where the IoU is at least ``iou_threshold``, or where it is the best anchor of a face. Faces
-    with label -1 take anchors in the same way, and these are left out of the loss.
+    with label -1 take anchors in the same way, except from those that are the best of a real face, and these are left
+    out of the loss.
 
     Args:
         boxes: ``(B, M, 4)`` float32 xyxy, relative to the picture.
@@ -83,11 +85,11 @@ def assign_targets(
         best_iou = torch.where(better, value, best_iou)
         best_face = torch.where(better, face + start, best_face)
 
-    # Where two faces share their best anchor, the later one gets it: any fixed rule will do.
+    # Where faces share their best anchor, a real one comes before an ignored one; for the rest any fixed rule will do.
     number = torch.arange(1, faces + 1, device=labels.device).expand(batch, faces)
-    claims = torch.where(labels != 0, number, 0)
+    claims = torch.where(labels == 1, number + faces, torch.where(labels == -1, number, 0))
     claimed = torch.zeros_like(best_face).scatter_reduce_(1, torch.cat(best_anchor, dim=1), claims, "amax")
-    best_face = torch.where(claimed > 0, claimed - 1, best_face)
+    best_face = torch.where(claimed > 0, (claimed - 1) % faces, best_face)
 
     matched = (best_iou >= iou_threshold) | (claimed > 0)
     anchor_labels = torch.where(matched, labels.gather(1, best_face), 0)
@@ -102,7 +104,7 @@ def assign_targets(
 
 
 def detection_loss(
-    outputs: tuple[Tensor, Tensor, Tensor],
+    outputs: Outputs,
     targets: Targets,
     negatives_per_positive: int = 7,
     box_weight: float = 2.0,

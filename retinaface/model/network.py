@@ -6,6 +6,8 @@ widely used public PyTorch weights: features at strides 8, 16 and 32, two square
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -18,6 +20,9 @@ from retinaface.errors import InputError
 
 Backbone = Literal["mobilenet0.25", "resnet50"]
 Activation = Literal["leaky_relu", "relu"]
+
+# class_logits (B, A, 2), box_deltas (B, A, 4), landmark_deltas (B, A, 10)
+Outputs = tuple[Tensor, Tensor, Tensor]
 
 BACKBONE_STRIDES = (4, 8, 16, 32)
 BACKBONE_CHANNELS: dict[str, tuple[int, ...]] = {
@@ -37,7 +42,7 @@ class NetworkConfig:
             ResNet-50 was published with ReLU throughout and takes no notice.
         channels: Width of feature pyramid and context modules; 0 takes the published one (64 or 256).
         anchor_sizes: Side lengths in pixels of the square anchors at each level.
-        strides: Pixels between anchor centres at each level: a consecutive run out of 4, 8, 16, 32.
+        strides: Pixels between anchor centres at each level: the last of 4, 8, 16, 32, in order.
     """
 
     backbone: Backbone = "mobilenet0.25"
@@ -50,10 +55,14 @@ class NetworkConfig:
         for name, choices in (("backbone", get_args(Backbone)), ("activation", get_args(Activation))):
             if getattr(self, name) not in choices:
                 raise InputError(f"network: {name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
+        # Lists come from YAML and JSON; tuples compare equal and can be looked up in a cache.
         strides = tuple(self.strides)
-        first = BACKBONE_STRIDES.index(strides[0]) if strides and strides[0] in BACKBONE_STRIDES else -1
-        if first < 0 or strides != BACKBONE_STRIDES[first : first + len(strides)]:
-            raise InputError(f"network: strides are {list(strides)}; expected a consecutive run out of 4, 8, 16, 32")
+        object.__setattr__(self, "strides", strides)
+        object.__setattr__(self, "anchor_sizes", tuple(tuple(sizes) for sizes in self.anchor_sizes))
+        if not strides or strides != BACKBONE_STRIDES[-len(strides) :]:
+            raise InputError(
+                f"network: strides are {list(strides)}; expected the last of 4, 8, 16, 32, such as 8, 16, 32"
+            )
         if len(self.anchor_sizes) != len(strides) or not all(self.anchor_sizes):
             raise InputError(
                 f"network: {len(self.anchor_sizes)} lists of anchor sizes for {len(strides)} strides; "
@@ -72,7 +81,45 @@ def normalize(images: Tensor) -> Tensor:
     Returns:
         ``(B, 3, H, W)`` float32, the mean colour subtracted; nothing is divided.
     """
-    return images.float() - images.new_tensor(MEAN_BGR, dtype=torch.float32).view(1, 3, 1, 1)
+    return images.float() - _mean(images.device)
+
+
+@lru_cache
+def _mean(device: torch.device) -> Tensor:
+    """``(1, 3, 1, 1)``, cached so that no step waits for the copy to the device."""
+    return torch.tensor(MEAN_BGR, dtype=torch.float32, device=device).view(1, 3, 1, 1)
+
+
+def matching_modules(network: nn.Module, patterns: Sequence[str], what: str) -> list[str]:
+    """Names of the modules that are meant by names with wildcards.
+
+    Args:
+        network: Where they are.
+        patterns: Dotted names; within a part, ``*`` and ``?`` stand for any characters: ``ssh.*.conv5_1``,
+            ``backbone.*1`` (``backbone.stage1`` of mobilenet0.25, ``backbone.conv1``, ``bn1`` and ``layer1`` of
+            ResNet-50).
+        what: The setting they come from, for the error.
+
+    Returns:
+        The names, in the order of the patterns.
+
+    Raises:
+        InputError: A pattern matches nothing.
+    """
+    names = [name for name, _ in network.named_modules() if name]
+    found: list[str] = []
+    for pattern in patterns:
+        parts = pattern.split(".")
+        matching = [
+            name for name in names if len(own := name.split(".")) == len(parts) and all(map(fnmatchcase, own, parts))
+        ]
+        if not matching:
+            raise InputError(
+                f"{what} names {pattern}, which the network does not have; expected names such as backbone.*1, "
+                "fpn.lateral.0, ssh.1 or class_heads"
+            )
+        found += matching
+    return found
 
 
 def _activation(kind: str) -> nn.Module:
@@ -228,7 +275,7 @@ class RetinaFace(nn.Module):
         self.box_heads = nn.ModuleList(nn.Conv2d(channels, 4 * count, 1) for count in anchors)
         self.landmark_heads = nn.ModuleList(nn.Conv2d(channels, 10 * count, 1) for count in anchors)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor) -> Outputs:
         """Runs the detector.
 
         Args:

@@ -2,13 +2,12 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torchvision.ops import batched_nms  # type: ignore[import-untyped]
 
-from retinaface.model.anchors import freeze_sizes, make_anchors
+from retinaface.model.anchors import make_anchors, picture_size
 from retinaface.model.boxes import decode_boxes, decode_landmarks
-from retinaface.model.network import NetworkConfig
+from retinaface.model.network import NetworkConfig, Outputs
 
 
 class Detections(NamedTuple):
@@ -26,7 +25,7 @@ class Detections(NamedTuple):
 
 
 def postprocess(
-    outputs: tuple[Tensor, Tensor, Tensor],
+    outputs: Outputs,
     image_size: tuple[int, int],
     config: NetworkConfig,
     score_threshold: float = 0.5,
@@ -51,8 +50,7 @@ def postprocess(
     class_logits, box_deltas, landmark_deltas = outputs
     height, width = image_size
     device = class_logits.device
-    sizes = freeze_sizes(config.anchor_sizes)
-    anchors = make_anchors(height, width, sizes, tuple(config.strides), device)
+    anchors = make_anchors(height, width, config.anchor_sizes, config.strides, device)
     scores = class_logits.float().softmax(dim=-1)[..., 1]
 
     # Filter before decoding: of tens of thousands of anchors a few hundred are left.
@@ -62,7 +60,7 @@ def postprocess(
     anchor_index = anchor_index[picture, rank]
     scores = best[picture, rank]
     chosen = anchors[anchor_index]
-    scale = torch.tensor([width, height], dtype=torch.float32, device=device)
+    scale = picture_size(height, width, device)
     boxes = decode_boxes(box_deltas[picture, anchor_index].float(), chosen) * scale.repeat(2)
     landmarks = decode_landmarks(landmark_deltas[picture, anchor_index].float(), chosen) * scale
 

@@ -118,6 +118,7 @@ def check_resume(run_stage: Any, run_process: Any) -> Callable[[StageRun, Path],
             patch.setattr("callbacks.export.export_onnx", lambda network, path: None)  # takes seconds, changes nothing
             run_stage(uninterrupted.arguments, folder, f"--ckpt_path={last}")
         resumed, expected = (torch.load(path, weights_only=True) for path in (last, uninterrupted.checkpoint))
+        assert expected["epoch"] == resumed["epoch"] == EPOCHS - 1  # the newest epoch, whichever had the best AP
         assert resumed["global_step"] == expected["global_step"]
         assert_same_state(resumed["state_dict"], expected["state_dict"])
 

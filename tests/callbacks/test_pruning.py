@@ -67,6 +67,15 @@ def test_refuses_a_quantized_network(quantized_run):
         ChannelPruning().setup(trainer(), quantized_run.cli.model, "fit")
 
 
+def test_refuses_to_resume_from_a_quantized_checkpoint(pruned_run, quantized_run, tmp_path, run_stage, capsys):
+    with pytest.raises(SystemExit):
+        run_stage(pruned_run.arguments, tmp_path, f"--ckpt_path={quantized_run.checkpoint}")
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: ")
+    assert str(quantized_run.checkpoint) in message
+    assert "quantized" in message
+
+
 def test_refuses_to_resume_from_another_stage():
     module = RetinaFaceModule(NetworkConfig(channels=16))
     with pytest.raises(InputError, match="not pruned"):

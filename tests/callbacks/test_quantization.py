@@ -105,8 +105,9 @@ def test_refuses_to_resume_from_another_stage(tiny_root, pruned_run, quantized_r
 
 
 def test_bad_settings_are_named():
-    with pytest.raises(InputError, match="freeze_at is 2"):
-        QuantizationAwareTraining(freeze_at=2)
+    for freeze_at in (0, -0.1, 2):  # frozen from the start, no range would ever be seen
+        with pytest.raises(InputError, match=f"freeze_at is {freeze_at}"):
+            QuantizationAwareTraining(freeze_at=freeze_at)
     module = CompressionModule()
     with pytest.raises(InputError, match="nowhere"):
         QuantizationAwareTraining(keep_float=["nowhere"]).setup(L.Trainer(logger=False), module, "fit")

@@ -142,7 +142,8 @@ def test_validation_batches_are_whole_photos(root):
             assert batch["counted"]["all"][row, :faces].tolist() == sample.counted["all"].tolist()
             assert not batch["counted"]["all"][row, faces:].any()
             position += 1
-    assert [loader.dataset.samples for loader in [datamodule.test_dataloader()]] == [datamodule.val_samples]
+    for loader in (datamodule.test_dataloader(), datamodule.predict_dataloader()):
+        assert loader.dataset.samples == datamodule.val_samples
 
 
 def test_validation_photos_shrink_to_val_size_but_never_grow(root):
@@ -249,7 +250,8 @@ def test_limit_keeps_the_first_photos(root):
 def test_stages_load_what_they_need(root, own_root):
     assert make(root, "validate").train_samples == []
     shutil.rmtree(own_root / "WIDER_train")
-    assert len(make(own_root, "test").val_samples) == 5
+    for stage in ("test", "predict"):
+        assert len(make(own_root, stage).val_samples) == 5
     with pytest.raises(InputError, match=r"WIDER_train/images: no such folder"):
         make(own_root, "fit")
     with pytest.raises(InputError, match="no such folder"):
@@ -266,15 +268,19 @@ def test_impossible_numbers_are_named(root, wrong):
 
 
 @pytest.mark.parametrize(
-    ("cpus", "processes", "slurm", "expected"),
-    [(1, 1, None, 0), (2, 1, None, 1), (4, 1, None, 3), (64, 1, None, 8), (64, 8, None, 7), (64, 8, "4", 3),
-     (2, 1, "16", 1), (8, 1, "", 7)],
+    ("cpus", "processes", "per_task", "tasks", "expected"),
+    [(1, 1, None, None, 0), (2, 1, None, None, 1), (4, 1, None, None, 3), (64, 1, None, None, 8),
+     (64, 8, None, None, 7), (8, 1, "", "", 7),
+     (64, 8, "4", "8", 3), (64, 2, "16", "2", 8), (2, 2, "16", "2", 1),  # a task is a process
+     (64, 2, "16", "1", 7), (64, 2, "16", None, 7), (64, 4, "8", None, 1), (64, 8, "4", "1", 0), (64, 1, "4", None, 3),
+     (2, 1, "16", None, 1)],  # one task starts all processes
 )  # fmt: skip
-def test_default_number_of_workers(monkeypatch, cpus, processes, slurm, expected):
+def test_default_number_of_workers(monkeypatch, cpus, processes, per_task, tasks, expected):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cpus)), raising=False)
-    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
-    if slurm is not None:
-        monkeypatch.setenv("SLURM_CPUS_PER_TASK", slurm)
+    for name, value in (("SLURM_CPUS_PER_TASK", per_task), ("SLURM_NTASKS", tasks)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
     assert default_workers(processes) == expected
 
 

@@ -7,7 +7,7 @@ import torch
 from onnx import TensorProto, helper
 
 from retinaface.delivery.export import METADATA_KEY
-from retinaface.delivery.runtime import available_cpus, load_detector
+from retinaface.delivery.runtime import load_detector
 from retinaface.errors import InputError
 from retinaface.model.network import normalize
 
@@ -103,7 +103,3 @@ def test_files_that_are_no_detector(tmp_path, name, write, message):
         load_detector(tmp_path / name)
     assert name in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_cpus():
-    assert available_cpus() >= 1

@@ -170,7 +170,7 @@ def test_machine_facts(monkeypatch, cpuinfo, flags):
 
 def test_threads_of_one_core_count_once(monkeypatch):
     siblings = {"cpu0": "0,4\n", "cpu4": "0,4\n", "cpu1": "1,5\n"}
-    monkeypatch.setattr(module, "_usable_cpus", lambda: [0, 1, 4])
+    monkeypatch.setattr(module, "usable_cpus", lambda: [0, 1, 4])
     monkeypatch.setattr(module, "_read_text", lambda file: siblings[file.parts[-3]])
     assert physical_cores() == 2
 

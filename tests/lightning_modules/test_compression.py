@@ -91,6 +91,11 @@ def test_loads_without_the_files_of_student_and_teacher(fitted):
     assert all(torch.equal(value, expected[name]) for name, value in loaded.student.state_dict().items())
 
 
+def test_nothing_to_train_without_a_student(tiny_root, tiny_checkpoint, tmp_path):
+    with pytest.raises(InputError, match="student: none given"):
+        fit(CompressionModule(teacher=str(tiny_checkpoint)), tiny_root, tmp_path)
+
+
 def test_everything_but_the_teacher_must_match(fitted, tiny_checkpoint, tmp_path):
     _, _, checkpoint = fitted
     content = torch.load(checkpoint, weights_only=True)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from retinaface.model.anchors import freeze_sizes, make_anchors
+from retinaface.model.anchors import make_anchors
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 96), (33, 50)])
@@ -21,7 +21,3 @@ def test_anchors_against_loops(height, width):
 
 def test_anchors_are_made_once():
     assert make_anchors(32, 32, ((16,),), (8,)) is make_anchors(32, 32, ((16,),), (8,))
-
-
-def test_sizes_from_yaml_become_hashable():
-    assert freeze_sizes([[16, 32], [64]]) == ((16, 32), (64,))

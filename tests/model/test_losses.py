@@ -34,9 +34,10 @@ def plain_assignment(boxes, landmarks, has_landmarks, labels, anchors, threshold
                 if labels[picture, face] != 0 and iou[face, anchor] > best and iou[face, anchor] >= threshold:
                     best = iou[face, anchor]
                     matches[picture, anchor] = face
-        for face in range(len(labels[picture])):
-            if labels[picture, face] != 0:
-                matches[picture, iou[face].argmax()] = face
+        for label in (-1, 1):  # a real face comes last, so it wins an anchor that an ignored one would take too
+            for face in range(len(labels[picture])):
+                if labels[picture, face] == label:
+                    matches[picture, iou[face].argmax()] = face
         for anchor in range(count):
             if matches[picture, anchor] >= 0:
                 anchor_labels[picture, anchor] = labels[picture, matches[picture, anchor]]

@@ -8,7 +8,7 @@ from retinaface.data.annotations import read_image
 from retinaface.errors import InputError
 from retinaface.model.anchors import make_anchors
 from retinaface.model.checkpoints import load_pretrained
-from retinaface.model.network import NetworkConfig, RetinaFace, normalize
+from retinaface.model.network import NetworkConfig, RetinaFace, matching_modules, normalize
 from retinaface.model.postprocess import postprocess
 
 BACKBONES = ("mobilenet0.25", "resnet50")
@@ -157,3 +157,29 @@ def test_normalize_subtracts_the_mean_of_blue_green_red(dtype):
 def test_a_config_that_cannot_be_built_is_explained(config, message):
     with pytest.raises(InputError, match=message):
         NetworkConfig(**config)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "pattern", "expected"),
+    [
+        ("mobilenet0.25", "backbone.*1", ["backbone.stage1"]),
+        ("resnet50", "backbone.*1", ["backbone.conv1", "backbone.bn1", "backbone.layer1"]),
+        ("mobilenet0.25", "backbone", ["backbone"]),
+        ("mobilenet0.25", "backbone.stage?.0", [f"backbone.stage{stage}.0" for stage in (1, 2, 3)]),
+        ("mobilenet0.25", "*_heads.[01]", [f"{h}_heads.{n}" for h in ("class", "box", "landmark") for n in (0, 1)]),
+        ("mobilenet0.25", "ssh.*", ["ssh.0", "ssh.1", "ssh.2"]),
+    ],
+)
+def test_wildcards_stand_for_part_of_a_name_between_dots(build_network, backbone, pattern, expected):
+    found = matching_modules(build_network(backbone=backbone, channels=16), [pattern], "keep")
+    assert sorted(found) == sorted(expected)
+
+
+def test_every_pattern_must_match_a_module(tiny_network):
+    found = matching_modules(tiny_network, ["ssh.*", "fpn", "ssh.0"], "keep")
+    assert set(found) == {"ssh.0", "ssh.1", "ssh.2", "fpn"}
+    assert matching_modules(tiny_network, [], "keep") == []
+    for pattern in ("backbone.layer*", "*1", "stage1", "fpn.lateral.0.0.*", "SSH"):
+        with pytest.raises(InputError) as error:
+            matching_modules(tiny_network, ["fpn", pattern], "keep_float")
+        assert f"keep_float names {pattern}" in str(error.value)
