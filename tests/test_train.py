@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 import train
 from callbacks import ChannelPruning, QuantizationAwareTraining
-from lightning_modules import CompressionModule, RetinaFaceModule
+from lightning_modules import AtomicCheckpointIO, CompressionModule, RetinaFaceModule
 from retinaface.evaluation.wider_ap import WiderFaceAP
 from retinaface.model.postprocess import Detections
 
@@ -117,6 +117,7 @@ def test_last_checkpoint_is_the_newest_even_as_accuracy_falls(tiny_root, tmp_pat
     assert float(cli.trainer.callback_metrics["val/ap_all"]) == values[-1]
     (file,) = (tmp_path / "checkpoints").iterdir()
     assert file.name == "last.ckpt"
+    assert isinstance(cli.trainer.strategy.checkpoint_io, AtomicCheckpointIO)
     content = torch.load(file, weights_only=True)
     assert content["epoch"] == 2
     assert content["global_step"] == cli.trainer.global_step == 6

@@ -133,8 +133,14 @@ def test_kept_modules_lose_nothing(tiny_network):
         if name.startswith(("backbone.stage1.", "fpn.")):
             assert now[name] == was[name], name
     assert now["backbone.stage3.1.3"] < was["backbone.stage3.1.3"]
-    with pytest.raises(InputError, match="keep names stage9"):
-        make_plan(tiny_network, PruningSettings(keep=("stage9",)))
+    with pytest.raises(InputError, match=r"keep names stage9\*"):
+        make_plan(tiny_network, PruningSettings(keep=("fpn", "stage9*")))
+
+
+def test_wildcards_in_keep(tiny_network):
+    plan = make_plan(tiny_network, PruningSettings(ratio=0.5, keep=("backbone.*1", "ssh.[01]")))
+    assert plan == make_plan(tiny_network, PruningSettings(ratio=0.5, keep=("backbone.stage1", "ssh.0", "ssh.1")))
+    assert plan != make_plan(tiny_network, PruningSettings(ratio=0.5))
 
 
 def test_global_ranking_takes_more_from_some_layers(tiny_network):

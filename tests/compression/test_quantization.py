@@ -194,7 +194,7 @@ def test_gradients_reach_every_parameter(fresh, float_network):
 
 
 def test_a_batch_norm_weight_of_zero_does_not_end_in_nan(build_network):
-    network = build_network(channels=16, strides=(8,), anchor_sizes=((16,),))
+    network = build_network(channels=16, strides=(32,), anchor_sizes=((16,),))
     network.backbone.stage1[1][1].weight.data[:3] = 0
     before = run(network)
     prepared = train(prepare_for_training(network, QuantizationSettings()))
@@ -236,8 +236,30 @@ def test_weights_from_a_file_in_a_fresh_network_give_bit_equal_outputs(prepared,
 
 
 def test_unknown_names_in_keep_float(float_network):
-    with pytest.raises(InputError, match="keep_float names head, stage1, which the network does not have"):
-        prepare_for_training(float_network, QuantizationSettings(keep_float=("head", "fpn", "stage1")))
+    for unknown in ("head", "backbone.layer*"):
+        with pytest.raises(InputError, match=f"keep_float names {re.escape(unknown)}, which the network does not have"):
+            prepare_for_training(float_network, QuantizationSettings(keep_float=("fpn", unknown)))
+
+
+def test_wildcards_in_keep_float(float_network):
+    def rounded(*keep_float):
+        prepared = prepare_for_training(float_network, QuantizationSettings(keep_float=keep_float))
+        return [node.name for node in prepared.graph.graph.nodes if node.op == "call_module"]
+
+    chosen = rounded("backbone.*1", "*_heads", "ssh.[01]")
+    assert chosen == rounded("backbone.stage1", "class_heads", "box_heads", "landmark_heads", "ssh.0", "ssh.1")
+    assert chosen != rounded()
+
+
+def test_module_without_a_convolution_in_keep_float(float_network):
+    with pytest.raises(InputError, match=r"keep_float names backbone\.stage1\.0\.1, which holds no convolution"):
+        prepare_for_training(float_network, QuantizationSettings(keep_float=("backbone.stage1.0.1",)))
+
+
+@pytest.mark.parametrize("averaging", [0, -0.1, 1.1])
+def test_bad_averaging_is_named(averaging):
+    with pytest.raises(InputError, match=f"averaging is {averaging}"):
+        QuantizationSettings(averaging=averaging)
 
 
 # Agreement

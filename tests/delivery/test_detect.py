@@ -102,3 +102,11 @@ def test_places_that_cannot_be_written(detector, tmp_path):
     (tmp_path / "out" / "detections.json").mkdir(parents=True)
     with pytest.raises(InputError, match=r"detections.json: cannot be written"):
         detect_files(detector, [photo], tmp_path / "out", draw)
+
+
+def test_the_photos_themselves_are_left_alone_in_their_own_folder(detector, tmp_path):
+    photos = [write_photo(tmp_path / "a.png", 1), write_photo(tmp_path / "a_2.png", 2)]
+    before = [photo.read_bytes() for photo in photos]
+    detect_files(detector, photos, tmp_path, draw)
+    assert [photo.read_bytes() for photo in photos] == before
+    assert {path.name for path in tmp_path.iterdir()} == {"a.png", "a_2.png", "a_3.png", "a_2_2.png", "detections.json"}

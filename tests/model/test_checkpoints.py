@@ -92,12 +92,13 @@ def pickled(path):
         ),
         (lambda path: path.write_bytes(b""), "not a checkpoint that can be read safely"),
         (lambda path: path.write_text("hello"), "not a checkpoint that can be read safely"),
+        (lambda path: path.write_text("error: not found"), "not a checkpoint that can be read safely"),
         (lambda path: torch.save([1, 2], path), "holds no state dict"),
         (lambda path: torch.save({}, path), "holds no state dict"),
         (lambda path: torch.save({"epoch": 3}, path), "holds no state dict"),
         (lambda path: torch.save({"fc.weight": torch.zeros(2)}, path), "not a RetinaFace checkpoint"),
     ],
-    ids=["code", "plain pickle", "empty", "text", "list", "empty dict", "numbers", "another network"],
+    ids=["code", "plain pickle", "empty", "text", "error page", "list", "empty dict", "numbers", "another network"],
 )
 def test_files_that_are_no_checkpoint(tmp_path, write, message):
     path = tmp_path / "weights.pth"
@@ -143,6 +144,8 @@ def test_backbone_weights_of_another_network(tmp_path, build_network):
 @pytest.mark.reference
 def test_public_imagenet_backbone(reference):
     network = RetinaFace()
-    before = network.backbone.stage1[0][0].weight.clone()
-    load_imagenet_backbone(network, reference / "weights" / "mobilenet025_imagenet.tar")
-    assert not torch.equal(network.backbone.stage1[0][0].weight, before)
+    file = reference / "weights" / "mobilenet025_imagenet.tar"
+    load_imagenet_backbone(network, file)
+    theirs = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+    assert torch.equal(network.backbone.stage1[0][0].weight, theirs["module.stage1.0.0.weight"])
+    assert torch.equal(network.backbone.stage3[1][4].running_var, theirs["module.stage3.1.4.running_var"])
