@@ -31,8 +31,19 @@ _console = Console(markup=False, highlight=False, soft_wrap=True)
 
 _PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
 
-# What a dotted option of train.py may start with, so that no stage can have the name.
-_RESERVED = {"trainer", "model", "data", "checkpoint", "optimizer", "lr_scheduler", "seed_everything", "ckpt_path"}
+# Placeholders, and what options of train.py start with: no stage can have such a name.
+_RESERVED = {
+    "weights",
+    "previous",
+    "trainer",
+    "model",
+    "data",
+    "checkpoint",
+    "optimizer",
+    "lr_scheduler",
+    "seed_everything",
+    "ckpt_path",
+}
 
 
 @dataclass
@@ -214,11 +225,14 @@ def _run(command: list[str]) -> None:
     try:
         code = stage.wait()
     except BaseException:  # Ctrl-C or SIGTERM: end the stage and the processes that it started, gently first
-        os.killpg(stage.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            stage.wait(timeout=20)
-        with suppress(ProcessLookupError):
-            os.killpg(stage.pid, signal.SIGKILL)
+        try:
+            with suppress(ProcessLookupError):
+                os.killpg(stage.pid, signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                stage.wait(timeout=20)
+        finally:  # also when Ctrl-C comes again
+            with suppress(ProcessLookupError):
+                os.killpg(stage.pid, signal.SIGKILL)
         raise
     if code:
         raise subprocess.CalledProcessError(code, command)

@@ -193,7 +193,7 @@ class WiderFaceDataModule(L.LightningDataModule):
         sampler = EpochSampler(dataset, world_size, rank, shuffle=True, seed=self.seed, drop_last=True)
         return DataLoader(
             dataset,
-            self.batch_size,
+            batch_size=self.batch_size,
             sampler=sampler,
             drop_last=True,
             collate_fn=collate_train,
@@ -207,7 +207,11 @@ class WiderFaceDataModule(L.LightningDataModule):
         # It repeats photos until every rank has as many; the metric counts an image_id once.
         sampler: DistributedSampler[ValidationItem] = DistributedSampler(dataset, world_size, rank, shuffle=False)
         return DataLoader(
-            dataset, self.val_batch_size, sampler=sampler, collate_fn=collate_validation, **self._loader_options()
+            dataset,
+            batch_size=self.val_batch_size,
+            sampler=sampler,
+            collate_fn=collate_validation,
+            **self._loader_options(),
         )
 
     @override

@@ -19,7 +19,6 @@ from torch import nn
 
 from retinaface.compression.pruning import PruningSettings, apply_plan, make_plan
 from retinaface.compression.quantization import (
-    HEADS,
     FakeQuantizedRetinaFace,
     QuantizationSettings,
     prepare_for_training,
@@ -167,7 +166,7 @@ def compressed() -> Compressed:
     original = make_network(channels=32, activation="relu")
     pruned, plan = deepcopy(original), make_plan(original, PruningSettings(ratio=0.4))
     apply_plan(pruned, plan)
-    settings = QuantizationSettings(keep_float=(*HEADS, "backbone.stage1.0", "fpn"), averaging=0.5)
+    settings = QuantizationSettings(keep_float=("*_heads", "backbone.*1.0", "fpn"), averaging=0.5)
     quantized = prepare_for_training(pruned, settings).train()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():

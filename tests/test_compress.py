@@ -1,10 +1,14 @@
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import cv2
 import pytest
 import yaml
 
@@ -17,8 +21,8 @@ SMALL = [
     "--data.init_args.train_size=64",
     "--data.init_args.batch_size=4",
     "--data.init_args.num_workers=0",
-    "--teacher.model.init_args.network.channels=16",
 ]
+NARROW = "--teacher.model.init_args.network.channels=16"
 
 
 @pytest.fixture(autouse=True)
@@ -52,14 +56,19 @@ class FakeTraining:
 
     def __init__(self):
         self.calls = []
+        self.options = {}
+        self.refused_in = None
         self.cut_off_in = None
         self.exports = True
 
-    def __call__(self, command, check, env):
+    def __call__(self, command):
         option = next(word for word in command if word.startswith("--trainer.default_root_dir="))
         folder = Path(option.partition("=")[2])
         resumed = [word for word in command if word.startswith("--ckpt_path=")]
         self.calls.append((folder.name, bool(resumed)))
+        self.options[folder.name] = [word for word in command if word.startswith("--trainer.max_epochs=")]
+        if folder.name == self.refused_in:
+            raise subprocess.CalledProcessError(2, command)
         checkpoint = folder / "checkpoints" / "last.ckpt"
         assert not resumed or resumed == [f"--ckpt_path={checkpoint}"]
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +82,7 @@ class FakeTraining:
 @pytest.fixture
 def training(monkeypatch):
     fake = FakeTraining()
-    monkeypatch.setattr(compress.subprocess, "run", fake)
+    monkeypatch.setattr(compress, "_run", fake)
     monkeypatch.setattr(compress, "_report", lambda run: fake.calls.append(("report", False)))
     return fake
 
@@ -113,22 +122,54 @@ def test_another_run_in_the_same_folder_is_refused(training, tmp_path, capsys):
     other = tmp_path / "other.yaml"
     shutil.copy(recipe, other)
     for arguments in ([str(recipe), "--trainer.max_epochs=3"], [str(other)], [str(recipe), "--data.root", "elsewhere"]):
-        assert "holds a run with another recipe" in one_line_error([*arguments, *out], capsys)
+        assert "stage teacher ran with another recipe, data or options" in one_line_error([*arguments, *out], capsys)
     assert training.calls == done
 
 
-def test_a_run_that_never_began_may_be_corrected(training, tmp_path, monkeypatch):
-    recipe, out = str(write_recipe(tmp_path)), ["--out", str(tmp_path / "out")]
+@pytest.mark.parametrize("stage", ["teacher", "pruned"])
+def test_a_stage_that_never_began_may_be_corrected(stage, training, tmp_path, capsys):
+    arguments = [str(write_recipe(tmp_path)), "--out", str(tmp_path / "out")]
+    training.refused_in = stage
+    with pytest.raises(SystemExit) as stop:
+        compress.main([*arguments, f"--{stage}.trainer.max_epoch=3"])
+    assert stop.value.code == 2
+    training.refused_in = None
+    training.calls.clear()
+    corrected = f"--{stage}.trainer.max_epochs=3"
+    compress.main([*arguments, corrected])
+    todo = ["teacher", "pruned", "report"]
+    assert training.calls == [(name, False) for name in todo[todo.index(stage) :]]
+    assert training.options[stage] == ["--trainer.max_epochs=3"]
+    # Now that it has begun, it must stay so.
+    training.calls.clear()
+    assert f"stage {stage} ran with" in one_line_error(arguments, capsys)
+    compress.main([*arguments, corrected])
+    assert training.calls == [("report", False)]
 
-    def mistyped(command, **_):
-        raise subprocess.CalledProcessError(2, command)
 
-    monkeypatch.setattr(compress.subprocess, "run", mistyped)
+def test_correction_of_a_later_stage_leaves_the_earlier_ones_alone(training, tmp_path, capsys):
+    arguments = [str(write_recipe(tmp_path)), "--out", str(tmp_path / "out")]
+    training.refused_in = "pruned"
     with pytest.raises(SystemExit):
-        compress.main([recipe, *out, "--trainer.max_epoch=3"])
-    monkeypatch.setattr(compress.subprocess, "run", training)
-    compress.main([recipe, *out, "--trainer.max_epochs=3"])
-    assert training.calls[-1] == ("report", False)
+        compress.main(arguments)
+    note = (tmp_path / "out" / "run.json").read_text()
+    training.calls.clear()
+    assert "stage teacher ran with" in one_line_error([*arguments, "--trainer.max_epochs=3"], capsys)
+    assert training.calls == []
+    assert (tmp_path / "out" / "run.json").read_text() == note
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"recipe": "recipe", "stages": 3}', "\x00\xff"])
+def test_damaged_note_of_a_run_is_one_line(content, training, tmp_path, capsys):
+    arguments = [str(write_recipe(tmp_path)), "--out", str(tmp_path / "out")]
+    compress.main(arguments)
+    training.calls.clear()
+    note = tmp_path / "out" / "run.json"
+    note.write_bytes(content.encode("latin-1"))
+    error = one_line_error(arguments, capsys)
+    assert f"{note}: damaged" in error
+    assert training.calls == []
+    assert note.read_bytes() == content.encode("latin-1")
 
 
 def test_arguments_fill_in_checkpoints_and_overrides(tmp_path):
@@ -146,25 +187,33 @@ def test_arguments_fill_in_checkpoints_and_overrides(tmp_path):
     assert pruned[-3:] == ["--trainer.max_epochs", "3", "--trainer.max_epochs=5"]
 
 
+@pytest.fixture(scope="module")
+def resnet50_checkpoint(build_network, save_checkpoint, tmp_path_factory):
+    network = build_network(backbone="resnet50", channels=16)
+    return save_checkpoint(network, tmp_path_factory.mktemp("resnet50") / "resnet50.ckpt")
+
+
 def recipe_stages():
     for path in sorted(RECIPES.glob("*.yaml")):
-        for stage in compress.load_recipe(path).stages:
-            slow = [pytest.mark.slow] if "resnet50" in path.stem and stage.name != "teacher" else []
-            yield pytest.param(path, stage.name, id=f"{path.stem}-{stage.name}", marks=slow)
+        backbones = ["resnet50" if "resnet50" in path.stem else "mobilenet0.25"]
+        if path.stem == "own_photos":  # for either
+            backbones.append("resnet50")
+        for backbone in backbones:
+            for stage in compress.load_recipe(path).stages:
+                slow = [pytest.mark.slow] if path.stem == "widerface_resnet50" and stage.name == "int8" else []
+                yield pytest.param(path, backbone, stage.name, id=f"{path.stem}-{backbone}-{stage.name}", marks=slow)
 
 
-@pytest.mark.parametrize(("path", "name"), recipe_stages())
-def test_every_stage_of_every_recipe_trains_a_step(
-    path, name, tiny_root, tiny_checkpoint, build_network, save_checkpoint, tmp_path
-):
+@pytest.mark.parametrize(("path", "backbone", "name"), list(recipe_stages()))
+def test_every_stage_of_every_recipe_trains_a_step(path, backbone, name, tiny_root, tiny_checkpoint, tmp_path, request):
     """Both the recipe's own options and the configurations that it names; the photos are tiny."""
-    resnet = "resnet50" in path.stem
-    trained = tiny_checkpoint
-    if resnet:
-        trained = save_checkpoint(build_network(backbone="resnet50", channels=16), tmp_path / "resnet50.ckpt")
-    weights = ["--weights", str(tiny_checkpoint)] if not resnet else ["--teacher.model.init_args.backbone_weights=null"]
+    resnet = backbone == "resnet50"
+    trained = request.getfixturevalue("resnet50_checkpoint") if resnet else tiny_checkpoint
+    weights = ["--weights", str(trained)]
+    if path.stem == "widerface_resnet50":
+        weights = ["--teacher.model.init_args.backbone_weights=null", NARROW]
     if path.stem == "quickstart":
-        weights = []
+        weights = [NARROW]
         photos = ["--data.init_args.train_photos=4", "--data.init_args.val_photos=2", "--data.init_args.photo_size=96"]
         root = tmp_path / "rendered"
     else:
@@ -211,6 +260,13 @@ def test_unknown_recipe_file(capsys):
             r"'before'; expected .*\$\{weights\}",
         ),
         ({"size": "large"}, "size"),
+        *(
+            ({"stages": [{"name": name, "config": []}]}, f"stages are named .*{re.escape(name)}.*; expected")
+            for name in (
+                *("", "1st", "a-b", "a.b", "a b", "../a", "trainer", "model", "data", "checkpoint"),
+                *("seed_everything", "ckpt_path", "optimizer", "lr_scheduler"),
+            )
+        ),
     ],
 )
 def test_wrong_recipe_is_one_line(changes, message, tmp_path, capsys):
@@ -243,6 +299,13 @@ def test_wrong_input_is_found_before_anything_runs(tiny_root, tmp_path, capsys, 
     assert not (tmp_path / "runs").exists()
 
 
+def test_weights_for_a_recipe_without_any_are_refused(tiny_checkpoint, tmp_path, capsys, training):
+    for recipe in (RECIPES / "quickstart.yaml", write_recipe(tmp_path)):
+        error = one_line_error([recipe, "--weights", tiny_checkpoint], capsys)
+        assert f"recipe {recipe.stem}: uses no weights" in error
+    assert training.calls == []
+
+
 def test_folder_that_cannot_be_written_to(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     error = one_line_error([write_recipe(tmp_path), "--out", tmp_path / "file" / "out"], capsys)
@@ -261,11 +324,126 @@ def test_command_line_prints_one_line(tmp_path):
     assert len(result.stderr.splitlines()) == 1
 
 
+SLEEPER = """
+import os, subprocess, sys, time
+from pathlib import Path
+
+helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])  # as a loader process would be
+folder = next(word for word in sys.argv if word.startswith("--trainer.default_root_dir="))
+pids = Path(folder.partition("=")[2]) / "pids"
+pids.parent.mkdir(parents=True)
+pids.with_suffix(".part").write_text(f"{os.getpid()} {helper.pid}")
+pids.with_suffix(".part").replace(pids)
+time.sleep(120)
+"""
+
+
+def is_running(pid):
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return bool(state.strip()) and not state.startswith("Z")
+
+
+def wait_until(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+@pytest.fixture
+def sleeping_stage(tmp_path):
+    """compress.py in a process, and the processes of the stage that it runs: the stage itself and a helper."""
+    project = tmp_path / "project"
+    project.mkdir()
+    shutil.copy(ROOT / "compress.py", project)
+    for name in ("configs", "retinaface"):
+        (project / name).symlink_to(ROOT / name)
+    (project / "train.py").write_text(SLEEPER)
+    command = [
+        sys.executable,
+        str(project / "compress.py"),
+        str(write_recipe(tmp_path)),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    started = []
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        pids = tmp_path / "out" / "teacher" / "pids"
+        assert wait_until(lambda: pids.exists() or process.poll() is not None, 30)
+        assert process.poll() is None, process.stderr.read()
+        started += map(int, pids.read_text().split())
+        assert all(map(is_running, started))
+        yield process, started
+    finally:
+        process.kill()
+        for pid in filter(is_running, started):  # before the next line, which waits until nobody can write any more
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=lambda value: str(value)
+)
+def test_interrupted_run_ends_its_stage(number, code, sleeping_stage):
+    process, (stage, helper) = sleeping_stage
+    assert len({os.getpgid(pid) for pid in (stage, helper)} - {os.getpgid(process.pid)}) == 1  # a group of its own
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=40)
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    assert wait_until(lambda: not is_running(stage) and not is_running(helper), 5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_killed_run_ends_its_stage(sleeping_stage):
+    process, (stage, _) = sleeping_stage
+    process.kill()
+    process.wait()
+    assert wait_until(lambda: not is_running(stage), 5)
+
+
+def test_two_stages_from_photos_to_report(tmp_path):
+    photos = {"train_photos": 8, "val_photos": 3, "photo_size": 96, "train_size": 64, "batch_size": 4, "num_workers": 0}
+    common = {"trainer.max_epochs": 1, **{f"data.init_args.{name}": value for name, value in photos.items()}}
+    before = {f"model.init_args.{role}": "${teacher}" for role in ("student", "teacher")}
+    stages = [
+        {
+            "name": "teacher",
+            "config": ["data/synthetic_faces.yaml", "model/mobilenet025.yaml", "stage/teacher.yaml"],
+            "options": {**common, "model.init_args.network.channels": 16},
+        },
+        {"name": "int8", "config": ["data/synthetic_faces.yaml", "stage/qat.yaml"], "options": {**common, **before}},
+    ]
+    result = run_compress(write_recipe(tmp_path, stages=stages, size=64), "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert str(tmp_path / "out" / "report.md") in result.stdout
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("teacher", "int8", "teacher.onnx", "int8.onnx", "run.json"),
+        *("report.json", "report.md", "report.png", "precision_recall.png"),
+    }
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {"recipe", "machine", "models", "retention", "speedup"} <= report.keys()
+    assert report["recipe"] == "recipe"
+    assert report["data"]["photos"] == 3
+    assert report["speedup"] > 0
+    assert [model["name"] for model in report["models"]] == ["teacher", "int8"]
+    for model in report["models"]:
+        assert {"name", "ap", "params", "macs", "onnx_bytes", "latency_ms_median"} <= model.keys()
+        assert model["ap"].keys() == {"all", "easy", "medium", "hard"}
+        assert model["onnx_bytes"] == (tmp_path / "out" / f"{model['name']}.onnx").stat().st_size
+        assert model["params"] == report["models"][0]["params"] > 0
+    assert "| int8 |" in (tmp_path / "out" / "report.md").read_text()
+    for name in ("report.png", "precision_recall.png"):
+        assert cv2.imread(str(tmp_path / "out" / name)).std() > 1
+
+
 @pytest.mark.slow
 def test_quickstart_from_start_to_report(tmp_path):
     """`make demo`, smaller: a second call trains nothing again."""
     options = [
         *SMALL,
+        NARROW,
         *("--data.init_args.train_photos=16", "--data.init_args.val_photos=6", "--data.init_args.photo_size=128"),
         "--trainer.max_epochs=1",
     ]

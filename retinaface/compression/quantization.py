@@ -305,12 +305,14 @@ def prepare_for_training(network: RetinaFace, settings: QuantizationSettings) ->
     Raises:
         InputError: ``keep_float`` names a module that the network does not have.
     """
-    keep_float = matching_modules(network, settings.keep_float, "quantization: keep_float")
-    alone = [name for name in keep_float if not _has_convolution(network.get_submodule(name))]
-    if alone:
-        raise InputError(
-            f"quantization: keep_float names {alone[0]}, which holds no convolution; name the module around it"
-        )
+    keep_float: list[str] = []
+    for pattern in settings.keep_float:
+        matching = matching_modules(network, [pattern], "quantization: keep_float")
+        if not any(_has_convolution(network.get_submodule(name)) for name in matching):
+            raise InputError(
+                f"quantization: keep_float names {pattern}, which holds no convolution; name the module around it"
+            )
+        keep_float += matching
     graph = _export(network)
     _free_convolutions(graph)
     _part_float_convolutions(graph, keep_float)

@@ -78,7 +78,7 @@ def test_refuses_to_resume_from_a_quantized_checkpoint(pruned_run, quantized_run
 
 def test_refuses_to_resume_from_another_stage():
     module = RetinaFaceModule(NetworkConfig(channels=16))
-    with pytest.raises(InputError, match="not pruned"):
+    with pytest.raises(InputError, match="not of a pruning stage"):
         ChannelPruning().on_fit_start(trainer(), module)
 
 
