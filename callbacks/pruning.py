@@ -52,7 +52,6 @@ class ChannelPruning(L.Callback):
         plan = trainer.strategy.broadcast(make_plan(network, self.settings) if trainer.is_global_zero else None)
         assert plan is not None
         apply_plan(network, plan)
-        network.train()  # following the dependencies leaves it in evaluation mode
         pl_module.structure.plans.append(plan)
 
     @override

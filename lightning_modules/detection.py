@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from retinaface.compression.structure import Network, Structure, load_float_network
 from retinaface.errors import InputError
+from retinaface.evaluation.evaluate import NMS_THRESHOLD, SCORE_THRESHOLD
 from retinaface.evaluation.wider_ap import WiderFaceAP
 from retinaface.model.anchors import make_anchors, picture_size
 from retinaface.model.checkpoints import load_imagenet_backbone
@@ -165,7 +166,9 @@ class RetinaFaceModule(L.LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Detections]:
         """Faces of each photo of a validation batch: score from 0.02, NMS at 0.4, in the photos' own pixels."""
         images = batch["images"]
-        detections = postprocess(self(images), images.shape[-2:], self.structure.network, score_threshold=0.02)
+        detections = postprocess(
+            self(images), images.shape[-2:], self.structure.network, SCORE_THRESHOLD, NMS_THRESHOLD
+        )
         return [
             Detections(found.boxes / scale, found.scores, found.landmarks / scale)
             for found, scale in zip(detections, batch["scales"], strict=True)

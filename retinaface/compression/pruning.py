@@ -91,6 +91,7 @@ def apply_plan(network: RetinaFace, plan: Plan) -> None:
         InputError: The plan does not fit the network.
     """
     modules = dict(network.named_modules())
+    training = network.training
     graph = tp.DependencyGraph().build_dependency(network, _example())
     for name, is_output, indices in plan:
         module = modules.get(name)
@@ -104,6 +105,7 @@ def apply_plan(network: RetinaFace, plan: Plan) -> None:
         pruner = graph.get_pruner_of_module(module)
         prune_channels = pruner.prune_out_channels if is_output else pruner.prune_in_channels
         graph.get_pruning_group(module, prune_channels, list(indices)).prune()
+    network.train(training)  # following the dependencies leaves it in evaluation mode
 
 
 def count_complexity(network: nn.Module, size: int = 640) -> tuple[int, int]:

@@ -27,7 +27,7 @@ from torchao.quantization.pt2e.quantizer import (
 from torchao.quantization.pt2e.utils import fold_bn_weights_into_conv_node
 
 from retinaface.errors import InputError
-from retinaface.model.network import Outputs, RetinaFace, matching_modules
+from retinaface.model.network import DYNAMIC_SHAPE, Outputs, RetinaFace, export_example, matching_modules
 
 _ops = torch.ops.aten
 _CONVOLUTIONS = {_ops.conv2d.default}
@@ -163,9 +163,10 @@ class OnnxRuntimeQuantizer(Quantizer):
             if node.op != "call_function" or _is_in(node, self.keep_float):
                 continue
             if node.target in _CONVOLUTIONS:
-                self._annotate_convolution(node)
+                inputs = {node.args[0]: self.activation, node.args[1]: self.weight}
+                self._annotate_fused(node, inputs, _with_batch_norm_and_relu(node))
             elif node.target in _ADDITIONS and all(isinstance(arg, Node) and _is_map(arg) for arg in node.args):
-                self._annotate_fused(node, _with_relu(node))
+                self._annotate_fused(node, dict.fromkeys(node.args, self.activation), _with_relu(node))
             elif node.target is _ops.leaky_relu.default:
                 _set(node, {node.args[0]: self.activation}, self.activation)
             elif node.target in _POOLING:
@@ -176,17 +177,11 @@ class OnnxRuntimeQuantizer(Quantizer):
                 _set(node, {first: self.activation, **dict.fromkeys(others, shared)}, shared)
         return model
 
-    def _annotate_convolution(self, node: Node) -> None:
-        end = _with_batch_norm_and_relu(node)
-        inputs = {node.args[0]: self.activation, node.args[1]: self.weight}
+    def _annotate_fused(self, node: Node, inputs: dict[Any, QuantizationSpecBase], end: Node) -> None:
+        """Annotates the nodes from ``node`` to ``end``, which run as one operation: only its output is rounded."""
         _set(node, inputs, self.activation if end is node else None)
         for fused in _path(node, end):
             _set(fused, {}, self.activation if fused is end else None)
-
-    def _annotate_fused(self, node: Node, end: Node) -> None:
-        _set(node, dict.fromkeys(node.args, self.activation), self.activation if end is node else None)
-        if end is not node:
-            _set(end, {}, self.activation)
 
     def validate(self, model: GraphModule) -> None:
         """Nothing to check: the annotation is made for this project's own graphs."""
@@ -332,9 +327,7 @@ def _export(network: RetinaFace) -> GraphModule:
         elif isinstance(module, nn.BatchNorm2d):
             # Training divides by the batch norm's weight after rounding; a zero would end in NaN.
             module.weight.data[module.weight.abs() < _SMALLEST_GAMMA] = _SMALLEST_GAMMA
-    auto = torch.export.Dim.AUTO
-    example = torch.zeros(2, 3, 96, 128)
-    program = torch.export.export(network, (example,), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
+    program = torch.export.export(network, (export_example(),), dynamic_shapes=(DYNAMIC_SHAPE,))
     graph = program.module()
     assert isinstance(graph, GraphModule)
     return graph

@@ -1,7 +1,7 @@
 """What a checkpoint must say, besides weights, for the network to be built again."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from retinaface.compression.pruning import Plan, apply_plan
 from retinaface.compression.quantization import FakeQuantizedRetinaFace, QuantizationSettings, prepare_for_training
 from retinaface.errors import InputError
 from retinaface.model.checkpoints import load_matching, load_pretrained, read_torch_file
-from retinaface.model.network import NetworkConfig, RetinaFace
+from retinaface.model.network import Activation, NetworkConfig, RetinaFace
 
 Network = RetinaFace | FakeQuantizedRetinaFace
 
@@ -122,7 +122,7 @@ def _damaged(path: Path | str, error: Exception) -> InputError:
     )
 
 
-def load_float_network(path: Path | str, activation: str | None = None) -> tuple[RetinaFace, Structure]:
+def load_float_network(path: Path | str, activation: Activation | None = None) -> tuple[RetinaFace, Structure]:
     """Loads a network to train or compress further.
 
     Args:
@@ -140,7 +140,7 @@ def load_float_network(path: Path | str, activation: str | None = None) -> tuple
         raise InputError(f"{path}: is quantized already; give the checkpoint of the stage before")
     if activation is None or activation == structure.network.activation:
         return network, structure
-    structure.network = NetworkConfig(**{**asdict(structure.network), "activation": activation})
+    structure.network = replace(structure.network, activation=activation)
     changed = structure.build_float()
     changed.load_state_dict(network.state_dict())
     return changed.eval(), structure

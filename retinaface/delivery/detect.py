@@ -10,13 +10,12 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
 
 from retinaface.data.annotations import read_image
 from retinaface.delivery.runtime import Detector
 from retinaface.errors import InputError
 from retinaface.model.postprocess import Detections
+from retinaface.progress import with_progress
 
 Draw = Callable[[NDArray[np.uint8], NDArray[Any], NDArray[Any], NDArray[Any]], NDArray[np.uint8]]
 
@@ -52,14 +51,13 @@ def detect_files(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out}: cannot be made a folder ({error.strerror}); choose another --out") from error
-    console = Console(stderr=True)
     found: dict[str, Detections] = {}
     unreadable = []
     images = list(dict.fromkeys(images))
     names = Counter(path.name for path in images)
     # The photos themselves must not be overwritten, where --out is their own folder.
     taken = {path.name.lower() for path in images if path.resolve().parent == out.resolve()}
-    for path in track(images, "detecting", console=console, transient=True, disable=not console.is_terminal):
+    for path in with_progress(images, "detecting"):
         try:
             image = read_image(path)
         except InputError as error:

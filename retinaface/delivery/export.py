@@ -19,7 +19,7 @@ from retinaface.compression.quantization import FakeQuantizedRetinaFace, convert
 from retinaface.compression.structure import Network
 from retinaface.data.annotations import MEAN_BGR
 from retinaface.errors import InputError
-from retinaface.model.network import NetworkConfig
+from retinaface.model.network import DYNAMIC_SHAPE, NetworkConfig, export_example
 
 METADATA_KEY = "retinaface_slim"
 INPUT_NAME = "images"
@@ -70,7 +70,6 @@ def _with_metadata(model: onnx.ModelProto, config: NetworkConfig, precision: str
 
 
 def _to_onnx(graph: nn.Module) -> onnx.ModelProto:
-    auto = torch.export.Dim.AUTO
     # The exporter reports its progress and its fallbacks at length; what counts is checked afterwards.
     exporter_log = logging.getLogger("torch.onnx")
     level = exporter_log.level
@@ -80,9 +79,9 @@ def _to_onnx(graph: nn.Module) -> onnx.ModelProto:
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 graph,
-                (torch.zeros(2, 3, 96, 128),),
+                (export_example(),),
                 dynamo=True,
-                dynamic_shapes=({0: auto, 2: auto, 3: auto},),
+                dynamic_shapes=(DYNAMIC_SHAPE,),
                 input_names=[INPUT_NAME],
                 output_names=list(OUTPUT_NAMES),
                 verbose=False,

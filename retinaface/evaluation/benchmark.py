@@ -17,14 +17,13 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
 from rich.table import Table
 from scipy.stats import quantile_test
 
 from retinaface.cpus import usable_cpus
 from retinaface.errors import InputError
+from retinaface.progress import with_progress
 
 INT8_FLAGS = ("avx2", "avx512_vnni", "avx_vnni", "amx_int8", "neon", "asimd", "asimddp", "i8mm")
 PACKAGES = ("torch", "lightning", "onnxruntime", "torchao")
@@ -172,14 +171,7 @@ def _interleaved_times(calls: Sequence[_Call], warmup: int, rounds: int) -> NDAr
         ``(rounds, models)`` milliseconds.
     """
     times = np.empty((warmup + rounds, len(calls)))
-    console = Console(stderr=True)
-    for number in track(
-        range(warmup + rounds),
-        description=f"timing {len(calls)} models",
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ):
+    for number in with_progress(range(warmup + rounds), f"timing {len(calls)} models"):
         # Whoever comes first in a round runs on other caches than the rest: everyone is first equally often.
         for position in range(len(calls)):
             column = (number + position) % len(calls)

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from retinaface.data.annotations import Sample, load_split, read_image
 from retinaface.delivery.runtime import Detector, load_detector
 from retinaface.evaluation.wider_ap import SUBSETS, Curve, area_under, subset_curves
 from retinaface.model.postprocess import Detections
+from retinaface.progress import with_progress
 
 # What the public evaluation uses: nearly everything is kept, the score ranks it.
 SCORE_THRESHOLD = 0.02
@@ -77,10 +76,9 @@ def evaluate(model: Path, root: Path, threads: int | None = None) -> Evaluation:
 
 def detect_all(detector: Detector, samples: Sequence[Sample], description: str) -> list[Detections]:
     """Runs a detector over photos, each at its own size, keeping all but the most hopeless detections."""
-    console = Console(stderr=True)
     return [
         detector.detect(read_image(sample.path), SCORE_THRESHOLD, NMS_THRESHOLD)
-        for sample in track(samples, description, console=console, transient=True, disable=not console.is_terminal)
+        for sample in with_progress(samples, description)
     ]
 
 

@@ -90,6 +90,15 @@ def _mean(device: torch.device) -> Tensor:
     return torch.tensor(MEAN_BGR, dtype=torch.float32, device=device).view(1, 3, 1, 1)
 
 
+# Batch, height and width of the input, left open for torch.export: any size from 33 pixels.
+DYNAMIC_SHAPE = dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)
+
+
+def export_example() -> Tensor:
+    """``(2, 3, 96, 128)``: an input to trace the network with; all sizes differ, so that none is taken for another."""
+    return torch.zeros(2, 3, 96, 128)
+
+
 def matching_modules(network: nn.Module, patterns: Sequence[str], what: str) -> list[str]:
     """Names of the modules that are meant by names with wildcards.
 
