@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from torch.utils.data import default_convert
 
 from datamodules import WiderFaceDataModule
-from datamodules.wider_face import EpochSampler, collate_train, collate_validation, default_workers
+from retinaface.data.loading import EpochSampler, collate_train, collate_validation, default_workers
 from retinaface.data.annotations import MEAN_BGR, Sample, read_image
 from retinaface.data.synthetic import write_synthetic_root
 from retinaface.data.transforms import TransformOptions
