@@ -9,9 +9,17 @@ from retinaface.data.transforms import FACE, IGNORED, TrainTransform, TransformO
 from retinaface.errors import InputError
 
 SIZE = 128
-PLAIN = TransformOptions(crop_scale=(1.0, 1.0), flip=0.0, affine=0.0, colour=0.0)
-GEOMETRY = TransformOptions(crop_scale=(0.3, 1.5), affine=0.8, colour=0.0)
-ALL = TransformOptions(crop_scale=(0.3, 1.5), affine=1.0, colour=1.0)
+
+
+def only(**options) -> TransformOptions:
+    """Nothing at random but the place and side of the crop, and what the options name."""
+    nothing = {"flip": 0.0, "affine": 0.0, "colour": 0.0, "grayscale": 0.0, "blur": 0.0, "jpeg": 0.0}
+    return TransformOptions(**{**nothing, **options})
+
+
+PLAIN = only(crop_scale=(1.0, 1.0))
+GEOMETRY = only(crop_scale=(0.3, 1.5), balanced=0.3, balanced_faces=(30.0, 100.0), flip=0.5, affine=0.8)
+ALL = TransformOptions(crop_scale=(0.3, 1.5), balanced=0.3, affine=1.0, colour=1.0, grayscale=0.5, blur=0.5, jpeg=0.5)
 POINT_COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [0, 255, 255]])
 seeds = st.integers(0, 2**32 - 1)
 
@@ -114,7 +122,7 @@ def test_flip_exchanges_left_and_right():
     image, boxes, landmarks, labels = face_with_marked_landmarks()
     square = np.ascontiguousarray(image[:, 20:180])
     shift = np.array([20, 0], dtype=np.float32)
-    options = TransformOptions(crop_scale=(1.0, 1.0), flip=1.0, affine=0.0, colour=0.0)
+    options = only(crop_scale=(1.0, 1.0), flip=1.0)
     result = TrainTransform(160, options)(square, boxes - np.tile(shift, 2), landmarks - shift, labels, 0)
     np.testing.assert_array_equal(result["image"], square[:, ::-1])
     expected = landmarks[0] - shift
@@ -130,7 +138,7 @@ def test_flip_twice_changes_nothing(seed):
     corner = rng.uniform(0, SIZE - 40, (4, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(5, 40, (4, 2))], axis=1).astype(np.float32)
     landmarks = rng.uniform(0, SIZE, (4, 5, 2)).astype(np.float32)
-    transform = TrainTransform(SIZE, TransformOptions(crop_scale=(1.0, 1.0), flip=1.0, affine=0.0, colour=0.0))
+    transform = TrainTransform(SIZE, only(crop_scale=(1.0, 1.0), flip=1.0))
     once = transform(image, boxes, landmarks, np.full(4, FACE), seed)
     twice = transform(once["image"], once["boxes"], once["landmarks"], once["labels"], seed)
     np.testing.assert_array_equal(twice["image"], image)
@@ -143,7 +151,7 @@ def test_flip_twice_changes_nothing(seed):
 def test_boxes_fit_the_pixels_exactly(flip, size):
     image = np.zeros((128, 128, 3), dtype=np.uint8)
     image[40:72, 16:48] = 255
-    options = TransformOptions(crop_scale=(1.0, 1.0), flip=flip, affine=0.0, colour=0.0)
+    options = only(crop_scale=(1.0, 1.0), flip=flip)
     result = TrainTransform(size, options)(image, *faces_of([[16, 40, 48, 72]]), 0)
     rows, columns = np.nonzero(result["image"][..., 0] > 127)
     seen = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
@@ -163,7 +171,7 @@ def test_what_is_called_a_face_is_there_to_be_seen(seed):
             centre = np.array([25 + 50 * x, 25 + 50 * y])
             cv2.ellipse(image, centre.tolist(), half.tolist(), 0, 0, 360, (255, 255, 255), -1)
             boxes.append([*(centre - half), *(centre + half)])
-    options = TransformOptions(affine=1.0, rotate=20, translate=0.4, colour=0.0)
+    options = only(flip=0.5, affine=1.0, rotate=20, translate=0.4)
     result = TrainTransform(SIZE, options)(image, *faces_of(boxes), seed)
     for box in np.rint(result["boxes"][result["labels"] == FACE]).astype(int):
         part = result["image"][box[1] : box[3], box[0] : box[2], 0]
@@ -174,9 +182,7 @@ def test_what_is_called_a_face_is_there_to_be_seen(seed):
 def test_crop_and_translation_together_may_not_hide_more_than_allowed(min_visible):
     image = np.full((100, 300, 3), MEAN_BGR, dtype=np.uint8)
     image[20:80, 120:180] = 255
-    options = TransformOptions(
-        crop_scale=(1.0, 1.0), min_visible=min_visible, affine=1.0, rotate=0.0, translate=0.4, colour=0.0
-    )
+    options = only(crop_scale=(1.0, 1.0), min_visible=min_visible, affine=1.0, rotate=0.0, translate=0.4)
     transform = TrainTransform(100, options)
     labels = []
     for seed in range(300):
@@ -191,7 +197,7 @@ def test_crop_and_translation_together_may_not_hide_more_than_allowed(min_visibl
 def test_rotated_boxes_follow_the_head():
     image = np.zeros((201, 201, 3), dtype=np.uint8)
     cv2.ellipse(image, (100, 100), (30, 60), 0, 0, 360, (255, 255, 255), -1)
-    options = TransformOptions(crop_scale=(1.0, 1.0), flip=0.0, affine=1.0, rotate=45.0, translate=0.0, colour=0.0)
+    options = only(crop_scale=(1.0, 1.0), affine=1.0, rotate=45.0, translate=0.0)
     for seed in range(10):
         result = TrainTransform(201, options)(image, *faces_of([[70, 40, 131, 161]]), seed)
         rows, columns = np.nonzero(result["image"][..., 0] > 127)
@@ -201,7 +207,7 @@ def test_rotated_boxes_follow_the_head():
 
 def test_cut_tiny_and_invalid_faces_are_ignored_and_absent_ones_dropped():
     image = np.zeros((100, 300, 3), dtype=np.uint8)
-    options = TransformOptions(crop_scale=(1.0, 1.0), crop_tries=1, flip=0.0, affine=0.0, colour=0.0)
+    options = only(crop_scale=(1.0, 1.0), crop_tries=1)
     wholly, invalid, tiny, no_width = [120, 20, 140, 60], [150, 20, 170, 60], [120, 70, 123, 90], [130, 70, 130, 90]
     labels = np.array([FACE, IGNORED, FACE, FACE])
     boxes, landmarks, _ = faces_of([wholly, invalid, tiny, no_width])
@@ -225,10 +231,10 @@ def test_cut_tiny_and_invalid_faces_are_ignored_and_absent_ones_dropped():
 
 def test_a_photo_with_faces_rarely_gives_a_crop_without():
     image = np.zeros((200, 400, 3), dtype=np.uint8)
-    transform = TrainTransform(SIZE, TransformOptions(affine=0.0, colour=0.0))
+    transform = TrainTransform(SIZE, only())
     faces = faces_of([[10, 10, 40, 50]])
     with_face = sum((transform(image, *faces, seed)["labels"] == FACE).any() for seed in range(100))
-    once = TrainTransform(SIZE, TransformOptions(affine=0.0, colour=0.0, crop_tries=1))
+    once = TrainTransform(SIZE, only(crop_tries=1))
     with_face_once = sum((once(image, *faces, seed)["labels"] == FACE).any() for seed in range(100))
     assert with_face > 80 > 20 > with_face_once
 
@@ -248,7 +254,7 @@ def test_one_landmark_out_of_sight_leaves_the_face_without_landmarks():
 
 def test_what_lies_outside_the_photo_has_the_mean_colour():
     image = np.zeros((50, 50, 3), dtype=np.uint8)
-    options = TransformOptions(crop_scale=(2.0, 2.0), flip=0.0, affine=0.0, colour=0.0)
+    options = only(crop_scale=(2.0, 2.0))
     picture = TrainTransform(100, options)(image, *faces_of([]), 0)["image"]
     colours, counts = np.unique(picture.reshape(-1, 3), axis=0, return_counts=True)
     assert colours.tolist() == [[0, 0, 0], list(MEAN_BGR)]
@@ -263,7 +269,8 @@ def test_one_pixel_photo():
 @pytest.mark.parametrize(
     "options",
     [{"crop_scale": (1.0, 0.5)}, {"crop_scale": (0.0, 0.5)}, {"crop_tries": 0}, {"flip": 1.5}, {"hue": 0.7},
-     {"affine": -0.1}, {"min_visible": 2.0}],
+     {"affine": -0.1}, {"min_visible": 2.0}, {"balanced": 1.1}, {"balanced_faces": (0, 3)}, {"jpeg_quality": (9, 101)},
+     {"blur_size": 4}],
 )  # fmt: skip
 def test_impossible_options_are_named(options):
     with pytest.raises(InputError, match=next(iter(options))):
@@ -271,9 +278,7 @@ def test_impossible_options_are_named(options):
 
 
 def test_zoom_is_the_range_of_training_pixels_per_photo_pixel():
-    transform = TrainTransform(
-        64, TransformOptions(zoom=(0.5, 2.0), affine=0, flip=0, colour=0, min_visible=0, min_face=0)
-    )
+    transform = TrainTransform(64, only(zoom=(0.5, 2.0), min_visible=0, min_face=0))
     boxes = np.array([[400, 400, 420, 420]], dtype=np.float32)
     zooms = []
     for seed in range(200):
@@ -286,3 +291,59 @@ def test_zoom_is_the_range_of_training_pixels_per_photo_pixel():
     assert 1.4 < max(zooms) <= 2.02
     with pytest.raises(InputError, match="zoom"):
         TransformOptions(zoom=(2.0, 1.0))
+
+
+def test_balanced_crops_show_any_face_at_a_size_of_the_range():
+    """A photo with one huge and one tiny face: each is chosen half of the time, and shown at any size."""
+    huge, tiny = [40, 40, 440, 440], [600, 300, 616, 316]
+    transform = TrainTransform(256, only(balanced=1.0, balanced_faces=(16.0, 64.0)))
+    sizes = {"huge": [], "tiny": []}
+    for seed in range(200):
+        result = transform(np.zeros((500, 700, 3), np.uint8), *faces_of([huge, tiny]), seed)
+        for box in result["boxes"][result["labels"] == FACE]:
+            if box.min() > 0 and box.max() < 256:
+                sizes["huge" if box[2] - box[0] > 64.5 or len(result["boxes"]) == 2 else "tiny"].append(box[2] - box[0])
+    assert 15.5 <= min(sizes["tiny"]) < 22
+    assert 50 < max(sizes["tiny"]) <= 64.5
+    # The long side of the photo is never shown below half of the picture: 700 pixels as 128.
+    assert min(sizes["huge"]) >= 256 * 16 / 1400 - 0.5
+
+
+@settings(max_examples=100, deadline=None)
+@given(annotated_photos(), seeds)
+def test_balanced_crops_hold_their_face(photo, seed):
+    """Whatever fits is wholly inside; nothing is enlarged more than four times."""
+    image, boxes, _, labels = photo
+    transform = TrainTransform(SIZE, only(balanced=1.0, balanced_faces=(8.0, 40.0)))
+    height, width = image.shape[:2]
+    crop = transform._choose_crop(height, width, boxes, labels, np.random.default_rng(seed))
+    sides = boxes[:, 2:] - boxes[:, :2]
+    candidates = boxes[(labels == FACE) & (sides > 0).all(axis=1)]
+    if not len(candidates):
+        return
+    assert SIZE / 4 - 1 <= crop.side <= 2 * max(height, width) + 1
+    inside = (candidates[:, :2] >= np.array([crop.left, crop.top]) - 1) & (
+        candidates[:, 2:] <= np.array([crop.left, crop.top]) + crop.side + 1
+    )
+    larger = candidates[:, 2:] - candidates[:, :2] > crop.side
+    assert (inside | larger).all(axis=1).any()
+
+
+@pytest.mark.parametrize("name", ["grayscale", "blur", "jpeg", "colour"])
+def test_changes_of_the_pixels_leave_the_faces_where_they_are(name):
+    image, boxes, landmarks, labels = face_with_marked_landmarks()
+    expected = TrainTransform(SIZE, only(crop_scale=(1.0, 1.0)))(image, boxes, landmarks, labels, 3)
+    result = TrainTransform(SIZE, only(crop_scale=(1.0, 1.0), **{name: 1.0}))(image, boxes, landmarks, labels, 3)
+    assert not np.array_equal(result["image"], expected["image"])
+    for key in ("boxes", "landmarks", "labels"):
+        np.testing.assert_allclose(result[key], expected[key], atol=1e-4)
+    # The middle of the white face has not moved either.
+    middles = [np.argwhere(sample["image"].min(axis=2) > 127).mean(axis=0) for sample in (result, expected)]
+    if name != "colour":
+        np.testing.assert_allclose(*middles, atol=1.5)
+
+
+def test_grayscale_takes_the_colour_away():
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    picture = TrainTransform(64, only(crop_scale=(1.0, 1.0), grayscale=1.0))(image, *faces_of([]), 0)["image"]
+    assert np.ptp(picture, axis=2).max() == 0

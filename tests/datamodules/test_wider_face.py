@@ -1,17 +1,20 @@
 import shutil
 import warnings
+from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
+import yaml
 from jsonargparse import ArgumentParser
 from torch.utils.data import default_convert
 
 from datamodules import WiderFaceDataModule
-from retinaface.data.loading import EpochSampler, collate_train, collate_validation, default_workers
 from retinaface.data.annotations import MEAN_BGR, Sample, read_image
+from retinaface.data.loading import EpochSampler, collate_train, collate_validation, default_workers
 from retinaface.data.synthetic import write_synthetic_root
 from retinaface.data.transforms import TransformOptions
 from retinaface.errors import InputError, one_line
@@ -328,6 +331,55 @@ def test_a_resumed_fit_sees_what_an_uninterrupted_one_sees(own_root, tmp_path):
     assert first.sums + second.sums == whole.sums
 
 
+class StopAt(L.Callback):
+    """Saves a checkpoint after a step and ends the fit there, as a crash would."""
+
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+            raise RuntimeError("crash")
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize(("step", "workers"), [(1, 2), (3, 0), (4, 0), (5, 2)])
+def test_a_fit_resumed_within_an_epoch_continues_the_stream(root, tmp_path, step, workers):
+    """Three batches an epoch: the crash comes within the first epoch, at its end, and within the second."""
+    whole, first, second = Recorder(), Recorder(), Recorder()
+    trainer_for(tmp_path, 2).fit(whole, make(root))
+    trainer = trainer_for(tmp_path, 2)
+    trainer.callbacks.append(StopAt(step, tmp_path / "step.ckpt"))
+    with pytest.raises(RuntimeError, match="crash"):
+        trainer.fit(first, make(root, num_workers=workers))
+    trainer = trainer_for(tmp_path, 2)
+    trainer.fit(second, make(root, num_workers=workers), ckpt_path=tmp_path / "step.ckpt")
+    assert len(first.sums) == step
+    assert first.sums + second.sums == whole.sums
+    assert trainer.global_step == 6
+    assert torch.equal(second.weight, whole.weight)
+
+
+def test_a_loader_only_goes_on_within_the_epoch_of_its_state(root):
+    loader = make(root).train_dataloader()
+    whole = [epoch_of(make(root), epoch) for epoch in (0, 1)]
+    batches = iter(loader)
+    next(batches)
+    state = loader.state_dict()
+    assert state == {"epoch": 0, "batches": 1}
+    resumed = make(root).train_dataloader()
+    resumed.load_state_dict(state)
+    assert_same(list(resumed), whole[0][1:])
+    assert resumed.state_dict() == {"epoch": 0, "batches": 3}
+    assert_same(list(resumed), whole[0])  # once only
+    resumed.load_state_dict(state)
+    resumed.sampler.set_epoch(1)
+    assert_same(list(resumed), whole[1])
+    resumed.load_state_dict({"epoch": 1, "batches": 3})  # saved after the last batch
+    assert_same(list(resumed), whole[1])
+
+
 def test_configuration_reaches_the_transform(root):
     parser = ArgumentParser()
     parser.add_subclass_arguments(L.LightningDataModule, "data")
@@ -336,6 +388,13 @@ def test_configuration_reaches_the_transform(root):
     datamodule = parser.instantiate(parser.parse_args(arguments)).data
     assert datamodule.transform == TransformOptions(flip=0.25, crop_scale=(0.4, 0.9))
     assert datamodule.root == root
+
+
+@pytest.mark.parametrize("name", ["wider_face", "synthetic_faces"])
+def test_every_option_of_the_augmentation_stands_in_the_configuration(name):
+    file = Path(__file__).parents[2] / "configs" / "data" / f"{name}.yaml"
+    transform = yaml.safe_load(file.read_text())["data"]["init_args"]["transform"]
+    assert list(transform) == [field.name for field in fields(TransformOptions)]
 
 
 def test_batches_survive_the_transfer_hook_unchanged(root):
