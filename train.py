@@ -16,7 +16,7 @@ from typing_extensions import override
 import callbacks  # noqa: F401  so that their classes can be named in a configuration
 import datamodules  # noqa: F401
 import lightning_modules  # noqa: F401
-from retinaface.errors import InputError, one_line
+from retinaface.errors import InputError, find_input_error, one_line
 from retinaface.model.checkpoints import read_torch_file
 
 # Warnings that ask for nothing, and why; all others are shown.
@@ -54,13 +54,6 @@ def _check_resumable(path: str) -> None:
         )
 
 
-def _find_input_error(error: BaseException | None) -> InputError | None:
-    """The InputError behind an exception: jsonargparse wraps what a constructor raises."""
-    while error is not None and not isinstance(error, InputError):
-        error = error.__cause__
-    return error
-
-
 def main(args: list[str] | None = None) -> RetinaFaceCLI:
     """Runs one LightningCLI subcommand.
 
@@ -87,7 +80,7 @@ def main(args: list[str] | None = None) -> RetinaFaceCLI:
             args=args,
         )
     except Exception as error:
-        wrong_input = _find_input_error(error)
+        wrong_input = find_input_error(error)
         if wrong_input is None:
             raise
         print(f"error: {one_line(wrong_input)}", file=sys.stderr)

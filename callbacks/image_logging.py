@@ -1,4 +1,4 @@
-"""Shows what the detector finds on a few validation photos after every epoch."""
+"""Shows what the detector is taught, and after every epoch what it finds on a few validation photos."""
 
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,18 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from lightning_modules import RetinaFaceModule
-from retinaface.evaluation.visualize import contact_sheet, draw_detections
+from retinaface.evaluation.visualize import contact_sheet, draw_detections, draw_training_batch
 from retinaface.model.postprocess import postprocess
 
 
 class ImageLogging(L.Callback):
-    """Draws detections on the first photos of the first validation batches.
+    """Draws the first training batch, and detections on the first photos of the first validation batches.
 
-    The sheet is written to ``detections/epoch_<n>.jpg`` in the trainer's root folder, and sent to W&B or TensorBoard
-    where these are the logger.
+    The sheets are written to ``train_batch.jpg`` and ``detections/epoch_<n>.jpg`` in the trainer's root folder, and
+    sent to W&B or TensorBoard where these are the logger.
 
     Args:
-        photos: Number of photos.
+        photos: Number of validation photos.
         score_threshold: Faces with a lower score are not drawn.
     """
 
@@ -30,6 +30,14 @@ class ImageLogging(L.Callback):
         self.photos = photos
         self.score_threshold = score_threshold
         self._drawn: list[NDArray[np.uint8]] = []
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: dict[str, Any], batch_idx: int
+    ) -> None:
+        trial = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if trainer.global_step == 0 and batch_idx == 0 and trainer.is_global_zero and not trial:
+            _publish(trainer, contact_sheet(draw_training_batch(batch)), "train/batch", "train_batch.jpg")
 
     @override
     def on_validation_batch_end(
@@ -64,13 +72,16 @@ class ImageLogging(L.Callback):
             return
         sheet = contact_sheet(self._drawn)
         self._drawn = []
-        path = Path(trainer.default_root_dir) / "detections" / f"epoch_{trainer.current_epoch:03d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(path), sheet)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("val/detections", [np.ascontiguousarray(sheet[..., ::-1])])
-            elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(
-                    "val/detections", sheet[..., ::-1].copy(), trainer.global_step, dataformats="HWC"
-                )
+        _publish(trainer, sheet, "val/detections", f"detections/epoch_{trainer.current_epoch:03d}.jpg")
+
+
+def _publish(trainer: L.Trainer, sheet: NDArray[np.uint8], name: str, file: str) -> None:
+    """Writes a sheet to the trainer's root folder and sends it to the loggers that take pictures."""
+    path = Path(trainer.default_root_dir) / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), sheet)
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(name, [np.ascontiguousarray(sheet[..., ::-1])])
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(name, sheet[..., ::-1].copy(), trainer.global_step, dataformats="HWC")

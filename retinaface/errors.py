@@ -13,3 +13,10 @@ def one_line(error: InputError) -> str:
     """The message of an error, also when a data loading process passed it on inside its traceback."""
     passed_on = f"{InputError.__module__}.{InputError.__qualname__}: "
     return " ".join(str(error).rpartition(passed_on)[2].split())
+
+
+def find_input_error(error: BaseException | None) -> InputError | None:
+    """The InputError behind an exception, if there is one: jsonargparse wraps what a constructor raises."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__
+    return error

@@ -1,6 +1,8 @@
 """Imports point upwards only: a room uses the rooms before it in the list, never those after it."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,10 +40,12 @@ def test_the_rooms_are_there():
 def test_plain_code_imports_upwards_and_no_lightning(file):
     room = file.relative_to(ROOT / "retinaface").parts[0]
     later = ROOMS[ROOMS.index(room) + 1 :] if room in ROOMS else ()
+    # The command line stands above everything: its commands on training data use what makes them for a training.
+    lightning = () if room == "__main__.py" else ("lightning", "pytorch_lightning", *LIGHTNING_ROOMS)
     forbidden = [
         *(f"retinaface.{name}" for name in later),
         *(("retinaface.__main__",) if room in ROOMS else ()),
-        *("lightning", "pytorch_lightning", *LIGHTNING_ROOMS, "train", "compress"),
+        *(*lightning, "train", "compress"),
     ]
     wrong = [
         module
@@ -49,6 +53,12 @@ def test_plain_code_imports_upwards_and_no_lightning(file):
         if any(module == name or module.startswith(f"{name}.") for name in forbidden)
     ]
     assert not wrong
+
+
+def test_the_command_line_starts_without_lightning_and_torch():
+    code = "import sys, retinaface.__main__; print(sorted({'lightning', 'torch', 'matplotlib'} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(

@@ -254,11 +254,14 @@ def _start_worker(_: int) -> None:
 def _stack_images(images: Sequence[NDArray[np.uint8]]) -> Tensor:
     """``(B, 3, H, W)``, padded at the right and the bottom with the mean colour."""
     height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
-    stack = np.empty((len(images), height, width, 3), dtype=np.uint8)
-    stack[:] = MEAN_BGR
-    for row, image in zip(stack, images, strict=True):
-        row[: image.shape[0], : image.shape[1]] = image
-    return torch.from_numpy(np.ascontiguousarray(stack.transpose(0, 3, 1, 2)))
+    stack = np.empty((len(images), 3, height, width), dtype=np.uint8)
+    for planes, image in zip(stack, images, strict=True):
+        if image.shape[:2] != (height, width):
+            planes[:] = np.array(MEAN_BGR, dtype=np.uint8)[:, None, None]
+        # Channel by channel: moving the axis of colours in one go takes twenty times as long.
+        for plane, channel in zip(planes, cv2.split(image), strict=True):
+            plane[: image.shape[0], : image.shape[1]] = channel
+    return torch.from_numpy(stack)
 
 
 def _pad(arrays: Sequence[NDArray[Any]]) -> Tensor:

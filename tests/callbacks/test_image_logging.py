@@ -51,12 +51,12 @@ def test_sheet_of_the_first_photos_goes_to_the_logger(
     trainer.fit(module, data)
     trainer.validate(module, data, verbose=False)  # draws nothing: the sheet is that of an epoch
     assert drawn == [2, 3, 3, 0, 0, 0]
-    assert len(calls) == 1
-    name, sheet, *_ = calls[0]
-    assert name == "val/detections"
-    sheet = np.asarray(sheet[0] if isinstance(sheet, list) else sheet)
-    written = cv2.imread(str(tmp_path / "detections" / "epoch_000.jpg"))
-    assert np.abs(sheet[..., ::-1].astype(int) - written).mean() < 6  # RGB there, BGR here; JPEG in between
+    files = {"train/batch": "train_batch.jpg", "val/detections": "detections/epoch_000.jpg"}
+    assert [name for name, *_ in calls] == list(files)
+    for name, sheet, *_ in calls:
+        sheet = np.asarray(sheet[0] if isinstance(sheet, list) else sheet)
+        written = cv2.imread(str(tmp_path / files[name]))
+        assert np.abs(sheet[..., ::-1].astype(int) - written).mean() < 6  # RGB there, BGR here; JPEG in between
 
 
 @pytest.fixture

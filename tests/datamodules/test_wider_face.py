@@ -13,8 +13,7 @@ from jsonargparse import ArgumentParser
 from torch.utils.data import default_convert
 
 from datamodules import WiderFaceDataModule
-from retinaface.data.annotations import MEAN_BGR, Sample, read_image
-from retinaface.data.loading import EpochSampler, collate_train, collate_validation, default_workers
+from retinaface.data.annotations import read_image
 from retinaface.data.synthetic import write_synthetic_root
 from retinaface.data.transforms import TransformOptions
 from retinaface.errors import InputError, one_line
@@ -118,12 +117,6 @@ def test_ranks_validate_every_photo_and_as_many_each(root):
     assert set(ids[0] + ids[1]) == set(range(5))
 
 
-def test_epoch_sampler_yields_draws():
-    sampler = EpochSampler(range(10), 1, 0, shuffle=True, seed=3)
-    sampler.set_epoch(7)
-    assert sorted(sampler) == list(range(70, 80))
-
-
 def test_validation_batches_are_whole_photos(root):
     datamodule = make(root, "validate", val_batch_size=2)
     batches = list(datamodule.val_dataloader())
@@ -157,39 +150,6 @@ def test_validation_photos_shrink_to_val_size_but_never_grow(root):
     assert torch.equal(batch["boxes"], whole["boxes"])  # boxes stay in the photo's own pixels
     grown = next(iter(make(root, "validate", val_size=500).val_dataloader()))
     assert torch.equal(grown["images"], whole["images"])
-
-
-def test_photos_of_several_shapes_are_padded_with_the_mean_colour():
-    def item(height, width, faces):
-        boxes = np.ones((faces, 4), dtype=np.float32)
-        counted = {"all": np.ones(faces, dtype=bool), "easy": np.zeros(faces, dtype=bool)}
-        sample = Sample(None, f"a/{height}", boxes, np.zeros((faces, 5, 2), dtype=np.float32), counted)
-        return {"image": np.zeros((height, width, 3), np.uint8), "scale": 1.0, "image_id": height, "sample": sample}
-
-    batch = collate_validation([item(10, 30, 0), item(20, 5, 2)])
-    assert batch["images"].shape == (2, 3, 20, 30)
-    assert batch["sizes"].tolist() == [[10, 30], [20, 5]]
-    assert batch["labels"].tolist() == [[0, 0], [1, 1]]
-    assert batch["counted"]["easy"].tolist() == [[False, False]] * 2
-    mean = torch.tensor(MEAN_BGR, dtype=torch.uint8)
-    assert (batch["images"][0, :, 10:] == mean[:, None, None]).all()
-    assert (batch["images"][1, :, :, 5:] == mean[:, None, None]).all()
-    assert not batch["images"][1, :, :, :5].any()
-
-
-def test_batch_without_faces_has_room_for_one():
-    empty = {
-        "image": np.zeros((32, 32, 3), np.uint8),
-        "boxes": np.zeros((0, 4), np.float32),
-        "landmarks": np.zeros((0, 5, 2), np.float32),
-        "has_landmarks": np.zeros(0, bool),
-        "labels": np.zeros(0, np.int64),
-        "skipped": [],
-    }
-    batch = collate_train([empty, empty])
-    assert batch["boxes"].shape == (2, 1, 4)
-    assert batch["landmarks"].shape == (2, 1, 5, 2)
-    assert not batch["labels"].any()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -270,23 +230,6 @@ def test_impossible_numbers_are_named(root, wrong):
         WiderFaceDataModule(root, **wrong)
 
 
-@pytest.mark.parametrize(
-    ("cpus", "processes", "per_task", "tasks", "expected"),
-    [(1, 1, None, None, 0), (2, 1, None, None, 1), (4, 1, None, None, 3), (64, 1, None, None, 8),
-     (64, 8, None, None, 7), (8, 1, "", "", 7),
-     (64, 8, "4", "8", 3), (64, 2, "16", "2", 8), (2, 2, "16", "2", 1),  # a task is a process
-     (64, 2, "16", "1", 7), (64, 2, "16", None, 7), (64, 4, "8", None, 1), (64, 8, "4", "1", 0), (64, 1, "4", None, 3),
-     (2, 1, "16", None, 1)],  # one task starts all processes
-)  # fmt: skip
-def test_default_number_of_workers(monkeypatch, cpus, processes, per_task, tasks, expected):
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cpus)), raising=False)
-    for name, value in (("SLURM_CPUS_PER_TASK", per_task), ("SLURM_NTASKS", tasks)):
-        monkeypatch.delenv(name, raising=False)
-        if value is not None:
-            monkeypatch.setenv(name, value)
-    assert default_workers(processes) == expected
-
-
 class Recorder(L.LightningModule):
     """Notes what it is given."""
 
@@ -359,25 +302,6 @@ def test_a_fit_resumed_within_an_epoch_continues_the_stream(root, tmp_path, step
     assert first.sums + second.sums == whole.sums
     assert trainer.global_step == 6
     assert torch.equal(second.weight, whole.weight)
-
-
-def test_a_loader_only_goes_on_within_the_epoch_of_its_state(root):
-    loader = make(root).train_dataloader()
-    whole = [epoch_of(make(root), epoch) for epoch in (0, 1)]
-    batches = iter(loader)
-    next(batches)
-    state = loader.state_dict()
-    assert state == {"epoch": 0, "batches": 1}
-    resumed = make(root).train_dataloader()
-    resumed.load_state_dict(state)
-    assert_same(list(resumed), whole[0][1:])
-    assert resumed.state_dict() == {"epoch": 0, "batches": 3}
-    assert_same(list(resumed), whole[0])  # once only
-    resumed.load_state_dict(state)
-    resumed.sampler.set_epoch(1)
-    assert_same(list(resumed), whole[1])
-    resumed.load_state_dict({"epoch": 1, "batches": 3})  # saved after the last batch
-    assert_same(list(resumed), whole[1])
 
 
 def test_configuration_reaches_the_transform(root):

@@ -1,0 +1,111 @@
+import numpy as np
+import pytest
+import torch
+
+from retinaface.data.annotations import MEAN_BGR, Sample, load_split
+from retinaface.data.loading import (
+    EpochSampler,
+    TrainDataset,
+    TrainLoader,
+    collate_train,
+    collate_validation,
+    default_workers,
+)
+from retinaface.data.synthetic import write_synthetic_root
+from retinaface.data.transforms import TrainTransform
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    root = write_synthetic_root(tmp_path_factory.mktemp("data") / "root", train=13, val=1, size=96)
+    return TrainDataset(load_split(root, "train"), TrainTransform(64), seed=0)
+
+
+def test_epoch_sampler_yields_draws():
+    sampler = EpochSampler(range(10), 1, 0, shuffle=True, seed=3)
+    sampler.set_epoch(7)
+    assert sorted(sampler) == list(range(70, 80))
+
+
+def test_epoch_sampler_leaves_out_what_was_seen_once():
+    sampler = EpochSampler(range(10), 1, 0, shuffle=True, seed=3)
+    whole = list(sampler)
+    sampler.skip = 4
+    assert list(sampler) == whole[4:]
+    assert list(sampler) == whole
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_loader_gives_the_rest_of_its_epoch(dataset, workers):
+    whole = [batch["images"] for batch in TrainLoader(dataset, 4)]
+    loader = TrainLoader(dataset, 4, num_workers=workers)
+    batches = iter(loader)
+    next(batches)
+    assert loader.state_dict() == {"epoch": 0, "batches": 1}  # although the workers are ahead
+    resumed = TrainLoader(dataset, 4, num_workers=workers)
+    resumed.load_state_dict(loader.state_dict())
+    rest = [batch["images"] for batch in resumed]
+    assert len(rest) == 2
+    assert all(map(torch.equal, rest, whole[1:]))
+    assert resumed.state_dict() == {"epoch": 0, "batches": 3}
+    assert all(map(torch.equal, [batch["images"] for batch in resumed], whole))  # once only
+
+
+@pytest.mark.parametrize("state", [{"epoch": 0, "batches": 1}, {"epoch": 1, "batches": 3}])
+def test_another_epoch_and_a_finished_one_start_at_the_beginning(dataset, state):
+    loader = TrainLoader(dataset, 4)
+    loader.sampler.set_epoch(1)
+    whole = [batch["images"] for batch in loader]
+    loader.load_state_dict(state)
+    assert all(map(torch.equal, [batch["images"] for batch in loader], whole))
+    assert loader.state_dict() == {"epoch": 1, "batches": 3}
+
+
+def test_photos_of_several_shapes_are_padded_with_the_mean_colour():
+    def item(height, width, faces):
+        boxes = np.ones((faces, 4), dtype=np.float32)
+        counted = {"all": np.ones(faces, dtype=bool), "easy": np.zeros(faces, dtype=bool)}
+        sample = Sample(None, f"a/{height}", boxes, np.zeros((faces, 5, 2), dtype=np.float32), counted)
+        return {"image": np.zeros((height, width, 3), np.uint8), "scale": 1.0, "image_id": height, "sample": sample}
+
+    batch = collate_validation([item(10, 30, 0), item(20, 5, 2)])
+    assert batch["images"].shape == (2, 3, 20, 30)
+    assert batch["sizes"].tolist() == [[10, 30], [20, 5]]
+    assert batch["labels"].tolist() == [[0, 0], [1, 1]]
+    assert batch["counted"]["easy"].tolist() == [[False, False]] * 2
+    mean = torch.tensor(MEAN_BGR, dtype=torch.uint8)
+    assert (batch["images"][0, :, 10:] == mean[:, None, None]).all()
+    assert (batch["images"][1, :, :, 5:] == mean[:, None, None]).all()
+    assert not batch["images"][1, :, :, :5].any()
+
+
+def test_batch_without_faces_has_room_for_one():
+    empty = {
+        "image": np.zeros((32, 32, 3), np.uint8),
+        "boxes": np.zeros((0, 4), np.float32),
+        "landmarks": np.zeros((0, 5, 2), np.float32),
+        "has_landmarks": np.zeros(0, bool),
+        "labels": np.zeros(0, np.int64),
+        "skipped": [],
+    }
+    batch = collate_train([empty, empty])
+    assert batch["boxes"].shape == (2, 1, 4)
+    assert batch["landmarks"].shape == (2, 1, 5, 2)
+    assert not batch["labels"].any()
+
+
+@pytest.mark.parametrize(
+    ("cpus", "processes", "per_task", "tasks", "expected"),
+    [(1, 1, None, None, 0), (2, 1, None, None, 1), (4, 1, None, None, 3), (64, 1, None, None, 8),
+     (64, 8, None, None, 7), (8, 1, "", "", 7),
+     (64, 8, "4", "8", 3), (64, 2, "16", "2", 8), (2, 2, "16", "2", 1),  # a task is a process
+     (64, 2, "16", "1", 7), (64, 2, "16", None, 7), (64, 4, "8", None, 1), (64, 8, "4", "1", 0), (64, 1, "4", None, 3),
+     (2, 1, "16", None, 1)],  # one task starts all processes
+)  # fmt: skip
+def test_default_number_of_workers(monkeypatch, cpus, processes, per_task, tasks, expected):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cpus)), raising=False)
+    for name, value in (("SLURM_CPUS_PER_TASK", per_task), ("SLURM_NTASKS", tasks)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert default_workers(processes) == expected
