@@ -258,7 +258,10 @@ def _check_data(run: Run) -> None:
     """Finds what is wrong with the input before minutes have passed."""
     if not any("synthetic" in name for stage in run.recipe.stages for name in stage.config):
         from retinaface.data.annotations import load_split
+        from retinaface.data.wider_archives import prepare_root
 
+        options = [argument for stage in run.recipe.stages for argument in run.arguments(stage)]
+        prepare_root(run.root, download="--data.init_args.download=true" in options)
         for split in ("train", "val"):
             load_split(run.root, split)
     if run.weights is not None:

@@ -1,15 +1,17 @@
 """Training and validation batches from any data root in WIDER FACE layout."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
-from retinaface.data.annotations import Sample, load_split
+from retinaface.data.annotations import Sample, Split, load_split
 from retinaface.data.loading import (
     TrainDataset,
     TrainLoader,
@@ -19,7 +21,9 @@ from retinaface.data.loading import (
     default_workers,
     worker_options,
 )
+from retinaface.data.split_cache import load_cached_split
 from retinaface.data.transforms import TrainTransform, TransformOptions
+from retinaface.data.wider_archives import prepare_root
 from retinaface.errors import InputError
 
 
@@ -40,9 +44,11 @@ class WiderFaceDataModule(L.LightningDataModule):
         seed: Seed of order and augmentation.
         transform: Probabilities and ranges of the augmentation.
         limit: Use only this many photos of each split, the first ones; None uses all.
+        download: Download WIDER FACE into the root if photos or annotations are absent there; see
+            ``retinaface.data.wider_archives.prepare_root``.
 
     Raises:
-        InputError: A number is out of range; later, in ``setup``, what ``load_split`` raises.
+        InputError: A number is out of range; later, what ``prepare_root`` and ``load_split`` raise.
     """
 
     def __init__(
@@ -56,6 +62,7 @@ class WiderFaceDataModule(L.LightningDataModule):
         seed: int = 0,
         transform: TransformOptions | None = None,
         limit: int | None = None,
+        download: bool = False,
     ) -> None:
         super().__init__()
         at_least = {
@@ -79,17 +86,24 @@ class WiderFaceDataModule(L.LightningDataModule):
         self.seed = seed
         self.transform = transform or TransformOptions()
         self.limit = limit
+        self.download = download
         self.train_samples: list[Sample] = []
         self.val_samples: list[Sample] = []
         self.skipped_files: set[str] = set()
         """Unreadable training files met so far by this process."""
 
     @override
+    def prepare_data(self) -> None:
+        prepare_root(self.root, self.download)
+
+    @override
     def setup(self, stage: str) -> None:
         if stage == "fit" and not self.train_samples:
-            self.train_samples = load_split(self.root, "train")[: self.limit]
+            self.train_samples = self._load("train")[: self.limit]
+            rank_zero_info(f"{self.root}: {_counts(self.train_samples)} to train on")
         if not self.val_samples:
-            self.val_samples = load_split(self.root, "val")[: self.limit]
+            self.val_samples = self._load("val")[: self.limit]
+            rank_zero_info(f"{self.root}: {_counts(self.val_samples)} to validate on")
 
     @override
     def train_dataloader(self) -> TrainLoader:
@@ -138,6 +152,13 @@ class WiderFaceDataModule(L.LightningDataModule):
                 )
         return batch
 
+    def _load(self, split: Split) -> list[Sample]:
+        """The samples of a split; a run with a local folder of its own keeps there what was parsed."""
+        folder = self.trainer.default_root_dir if self.trainer else None
+        if folder is None or "://" in folder or Path(folder) == Path.cwd():
+            return load_split(self.root, split)
+        return load_cached_split(self.root, split, folder)
+
     def _rank(self) -> tuple[int, int]:
         """Rank and number of processes; 0 of 1 without a trainer."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -146,3 +167,8 @@ class WiderFaceDataModule(L.LightningDataModule):
         if self.num_workers is not None:
             return self.num_workers
         return default_workers(self.trainer.num_devices if self.trainer else 1)
+
+
+def _counts(samples: Sequence[Sample]) -> str:
+    faces = [int(sample.counted["all"].sum()) for sample in samples]
+    return f"{len(samples):,} photos ({faces.count(0):,} without faces) with {sum(faces):,} faces"

@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from retinaface.data.annotations import load_split, read_difficulty, read_image, read_label_txt, read_wider
+from retinaface.data.annotations import (
+    annotation_files,
+    find_photos,
+    load_split,
+    read_difficulty,
+    read_image,
+    read_label_txt,
+    read_split,
+    read_wider,
+)
 from retinaface.errors import InputError
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "reference"
@@ -26,27 +35,6 @@ def write_photo(path: Path, shape=(40, 60)) -> Path:
     picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     cv2.imwrite(str(path), picture)
     return path
-
-
-def cells(values: list) -> np.ndarray:
-    """A MATLAB cell column."""
-    column = np.empty((len(values), 1), dtype=object)
-    column[:, 0] = values
-    return column
-
-
-def write_difficulty(folder: Path, photos: dict[str, tuple[list, dict[str, list[int]]]]) -> None:
-    """The four official files for one event, ``a``; indices start at 1."""
-    folder.mkdir(parents=True, exist_ok=True)
-    common = {
-        "event_list": cells(["a"]),
-        "file_list": cells([cells(list(photos))]),
-        "face_bbx_list": cells([cells([np.array(boxes, dtype=np.int32) for boxes, _ in photos.values()])]),
-    }
-    savemat(folder / "wider_face_val.mat", common)
-    for subset in ("easy", "medium", "hard"):
-        indices = cells([np.array(lists[subset], dtype=np.uint8).reshape(-1, 1) for _, lists in photos.values()])
-        savemat(folder / f"wider_{subset}_val.mat", {**common, "gt_list": cells([indices])})
 
 
 def test_official_rows_become_corners_and_flags(tmp_path):
@@ -87,11 +75,20 @@ def test_boxes_beyond_the_photo_and_byte_order_mark_are_kept_and_dropped(tmp_pat
         ("a/one.jpg\n-1\n", 2, "number of faces"),
         ("a/one.jpg\n", 1, "number of faces"),
         ("a/one.jpg\n1\n1 2 three 4\n", 3, "x y width height"),
-        ("a/one.jpg\n1\n1 2 nan 4\n", 3, "x y width height"),
+        ("a/one.jpg\n1\n1 2 nan 4\n", 3, "not all numbers are finite"),
         ("a/one.jpg\n1\n1 2 3\n", 3, "x y width height"),
         (f"a/one.jpg\n2\n{FACE}\n", 1, "ends after 1"),
         (f"a/one.jpg\n2\n{FACE}\nb/two.jpg\n1\n{FACE}\n", 4, "x y width height"),
         (f"a/one.jpg\n1\n{FACE}\n{FACE}\nb/two.jpg\n", 4, "number of faces of the photo above"),
+        (f"a/one.jpg\n0\n{FACE}\n", 3, "should have none"),
+        ("a/one.jpg\n2\n1 2 3 4\n\n1 2 1e39 4\n", 5, "not all numbers are finite"),
+        (f"../one.jpg\n1\n{FACE}\n", 1, "within the images folder"),
+        (f"a/one.jpg\r\n1\r\n{FACE}\r\na\\..\\..\\one.jpg\r\n0\r\n", 4, "within the images folder"),
+        (f"/etc/one.jpg\n1\n{FACE}\n", 1, "within the images folder"),
+        (f"C:\\photos\\one.jpg\n1\n{FACE}\n", 1, "within the images folder"),
+        (f"a/one.jpg\n1\n{FACE}\nb.jpg\n0\n./a/one.jpg\n2\n{FACE}\n{FACE}\n", 6, "other faces than in line 1"),
+        (f"a/one.jpg\n1\n{FACE}\na/one.jpg\n1\n1 2 10 20 0 0 0 1 0 0\n", 4, "other faces than in line 1"),
+        (f"a/one.jpg\n1\n{FACE}\na/one.png\n1\n{FACE}\n", 4, "of line 1 are told apart by their suffix"),
     ],
 )
 def test_malformed_official_file_names_the_line(tmp_path, text, line, expected):
@@ -100,6 +97,67 @@ def test_malformed_official_file_names_the_line(tmp_path, text, line, expected):
         read_wider(file, IMAGES)
     assert str(error.value).startswith(f"{file}:{line}: ")
     assert "\n" not in str(error.value)
+
+
+def test_a_photo_listed_twice_with_the_same_faces_is_kept_once(tmp_path, caplog):
+    text = f"a/one.jpg\n1\n{FACE}\nb/two.jpg\n0\n" * 2
+    file = write(tmp_path / "gt.txt", text)
+    assert [(sample.name, len(sample.boxes)) for sample in read_wider(file, IMAGES)] == [("a/one", 1), ("b/two", 0)]
+    assert caplog.messages == [
+        f"{file}:6: a/one is listed again, as in line 1; kept once",
+        f"{file}:9: b/two is listed again, as in line 4; kept once",
+    ]
+    text = f"# a/one.jpg\n1 2 10 20 {POINTS}\n1 2 10 20\n" * 2
+    (sample,) = read_label_txt(write(tmp_path / "label.txt", text), IMAGES)
+    assert sample.boxes.shape == (2, 4)
+
+
+@pytest.mark.parametrize("name", ["./a/one.jpg", "a\\one.jpg", ".\\a/one.jpg", "a//one.jpg"])
+def test_paths_are_written_in_many_ways(tmp_path, name):
+    (wider,) = read_wider(write(tmp_path / "gt.txt", f"{name}\n1\n{FACE}\n"), IMAGES)
+    (label,) = read_label_txt(write(tmp_path / "label.txt", f"#{name} \n1 2 3 4\n"), IMAGES)
+    assert {(sample.name, sample.path) for sample in (wider, label)} == {("a/one", IMAGES / "a" / "one.jpg")}
+
+
+def test_names_beyond_ascii_with_spaces_and_rare_characters(tmp_path):
+    names = [
+        "Straße 1/Café mit Ä.jpg",
+        "写真/二 枚目.jpg",
+        "a/one\u2028two\x85three.jpg",
+        "#a/one.jpg",
+        "a/1 2 3 4.jpg",
+    ]
+    text = "".join(f"{name}\n1\n{FACE}\n" for name in names)
+    labels = "".join(f"# {name}\n1 2 10 20\n" for name in names)
+    expected = [name.removesuffix(".jpg") for name in names]
+    assert [sample.name for sample in read_wider(write(tmp_path / "gt.txt", text), IMAGES)] == expected
+    assert [sample.name for sample in read_label_txt(write(tmp_path / "label.txt", labels), IMAGES)] == expected
+
+
+def test_small_faces_and_negative_coordinates_stay(tmp_path):
+    (sample,) = read_wider(write(tmp_path / "gt.txt", "a/one.jpg\n3\n-9 -8 3 4\n5 5 1 1\n7 7 -2 4\n"), IMAGES)
+    np.testing.assert_array_equal(sample.boxes, [[-9, -8, -6, -4], [5, 5, 6, 6], [7, 7, 5, 11]])
+    assert sample.counted["all"].tolist() == [True, True, False]
+
+
+def test_second_version_of_label_files_has_corners(tmp_path):
+    text = (
+        f"# a/one 1.jpg 640 480\n1 2 11 22 {POINTS.removesuffix(' 0.9')}\n5 6 5 14\n5 6 12 14 1\n5 6 12 14 0\n"
+        "# b/none.JPG 10 20\n"
+    )
+    one, none = read_label_txt(write(tmp_path / "labelv2.txt", text), IMAGES)
+    assert (one.name, one.path, none.name) == ("a/one 1", IMAGES / "a" / "one 1.jpg", "b/none")
+    np.testing.assert_array_equal(one.boxes, [[1, 2, 11, 22], [5, 6, 5, 14], [5, 6, 12, 14], [5, 6, 12, 14]])
+    np.testing.assert_array_equal(one.landmarks[0], [[3, 4], [8, 4], [5, 9], [4, 15], [8, 15]])
+    assert np.isnan(one.landmarks[1:]).all()
+    assert one.counted["all"].tolist() == [True, False, False, True]  # fine, no width, to be ignored, fine
+    assert none.boxes.shape == (0, 4)
+
+
+def test_hidden_landmarks_are_labelled_and_single_ones_may_be_absent(tmp_path):
+    row = "1 2 10 20 3 4 0 8 4 1 -1 -1 -1 4 15 -1 -1 -1 0 0.9"
+    (sample,) = read_label_txt(write(tmp_path / "label.txt", f"# a/one.jpg\n{row}\n"), IMAGES)
+    np.testing.assert_array_equal(sample.landmarks[0], [[3, 4], [8, 4], *[[np.nan, np.nan]] * 3])
 
 
 def test_label_rows_with_and_without_landmarks(tmp_path):
@@ -121,6 +179,13 @@ def test_label_rows_with_and_without_landmarks(tmp_path):
         ("# a/one.jpg\n1 2 3\n", 2, "expected 4 numbers"),
         ("# a/one.jpg\n\nx y\n", 3, "expected 4 numbers"),
         ("# a/one.jpg\n1 2 3 4 5 6 7 8 9 10 11 12 13 14\n", 2, "expected 4 numbers"),
+        ("# a/one.jpg\n1 2 3 4 1\n", 2, "expected 4 numbers"),
+        ("#\n1 2 3 4\n", 1, "within the images folder"),
+        ("# a/one.jpg\n\n1 2 inf 4\n", 3, "not all numbers are finite"),
+        ("# a/one.jpg 60 40\n# a/two.jpg\n", 2, "either all photos or none"),
+        ("# a/one.jpg 60 40\n30 20 10 15\n", 2, "expected 'x1 y1 x2 y2'"),
+        ("# a/one.jpg\n1 2 3 4\n# ../two.jpg\n", 3, "within the images folder"),
+        ("# a/one.jpg\n1 2 3 4\n# a/one.jpg\n1 2 3 5\n", 3, "other faces than in line 1"),
     ],
 )
 def test_malformed_label_file_names_the_line(tmp_path, text, line, expected):
@@ -137,8 +202,11 @@ def test_empty_absent_and_binary_annotation_files(tmp_path, reader):
     with pytest.raises(InputError, match=r"absent\.txt: cannot be read"):
         reader(tmp_path / "absent.txt", IMAGES)
     (tmp_path / "binary.txt").write_bytes(b"\xff\xd8\xff")
-    with pytest.raises(InputError, match="UTF-8"):
+    with pytest.raises(InputError, match=r"binary\.txt:1: not UTF-8"):
         reader(tmp_path / "binary.txt", IMAGES)
+    (tmp_path / "latin1.txt").write_bytes("# a/one.jpg\n1 2 3 4\n# b/Straße.jpg\n".encode("latin-1"))
+    with pytest.raises(InputError, match=r"latin1\.txt:3: not UTF-8"):
+        reader(tmp_path / "latin1.txt", IMAGES)
 
 
 def test_split_from_the_official_file(tmp_path):
@@ -149,7 +217,35 @@ def test_split_from_the_official_file(tmp_path):
     assert read_image(sample.path).shape == (40, 60, 3)
 
 
-@pytest.mark.parametrize("place", ["wider_face_split/label_train.txt", "WIDER_train/label.txt", "train/label.txt"])
+def test_annotations_and_photos_that_do_not_fit(tmp_path):
+    write(
+        tmp_path / "wider_face_split" / "wider_face_train_bbx_gt.txt",
+        "".join(f"{name}\n0\n" for name in ("b/here.jpg", "b/absent.jpg", "scan.tif", "a/here.JPG", "absent.png")),
+    )
+    images = tmp_path / "WIDER_train" / "images"
+    for name in ("b/here.jpg", "a/here.JPG", "scan.tif", "b/more.jpg", "other.png", "b/._more.jpg", "b/notes.txt"):
+        write(images / name, "")
+    index = read_split(tmp_path, "train")
+    assert [sample.name for sample in index.samples] == ["b/here", "scan", "a/here"]
+    assert (index.absent, index.unlisted) == (["b/absent.jpg", "absent.png"], ["b/more.jpg", "other.png"])
+    assert not index.official
+    assert find_photos(images) == ["a/here.JPG", "b/here.jpg", "b/more.jpg", "other.png"]
+
+
+def test_files_that_a_split_is_made_of(write_difficulty, tmp_path):
+    assert annotation_files(tmp_path, "val") == []
+    text = write(tmp_path / "wider_face_split" / "wider_face_val_bbx_gt.txt", "")
+    label = write(tmp_path / "val" / "labelv2.txt", "")
+    write_difficulty(tmp_path / "ground_truth", {"one": ([[1, 2, 3, 4]], {"easy": [], "medium": [], "hard": []})})
+    matrices = [tmp_path / "ground_truth" / f"wider_{name}_val.mat" for name in ("face", "easy", "medium", "hard")]
+    assert annotation_files(tmp_path, "val") == [text, label, *matrices]
+    assert annotation_files(tmp_path, "train") == []
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["wider_face_split/label_train.txt", "WIDER_train/label.txt", "train/label.txt"],
+)
 def test_label_file_wins_but_the_official_flags_stay(tmp_path, place):
     write(tmp_path / "wider_face_split" / "wider_face_train_bbx_gt.txt", "a/one.jpg\n1\n5 6 7 8 2 0 0 1 2 0\n")
     write(tmp_path / place, f"# a/one.jpg\n1 2 10 20 {POINTS}\n5 6 7 8 {POINTS}\n")
@@ -161,7 +257,7 @@ def test_label_file_wins_but_the_official_flags_stay(tmp_path, place):
 
 
 @pytest.mark.parametrize("folder", ["", "wider_face_split", "ground_truth", "eval_tools/ground_truth"])
-def test_difficulty_files_supply_boxes_and_counted_faces(tmp_path, folder):
+def test_difficulty_files_supply_boxes_and_counted_faces(write_difficulty, tmp_path, folder):
     photos = {
         "one": ([[5, 6, 7, 8], [1, 2, 10, 20], [1, 1, 0, 4]], {"easy": [2], "medium": [1, 2], "hard": [1, 2]}),
         "absent": ([[1, 2, 3, 4]], {"easy": [], "medium": [], "hard": [1]}),
@@ -186,14 +282,14 @@ def test_difficulty_files_supply_boxes_and_counted_faces(tmp_path, folder):
     assert sample.counted["medium"].tolist() == [True, True, False]
 
 
-def test_difficulty_of_a_photo_without_counted_faces(tmp_path):
+def test_difficulty_of_a_photo_without_counted_faces(write_difficulty, tmp_path):
     write_difficulty(tmp_path, {"one": ([[1, 2, 3, 4]], {"easy": [], "medium": [], "hard": []})})
     truth = read_difficulty(tmp_path)
     assert list(truth) == ["a/one"]
     assert not any(mask.any() for mask in truth["a/one"].counted.values())
 
 
-def test_incomplete_difficulty_files(tmp_path):
+def test_incomplete_difficulty_files(write_difficulty, tmp_path):
     write_difficulty(tmp_path, {"one": ([[1, 2, 3, 4]], {"easy": [], "medium": [], "hard": []})})
     (tmp_path / "WIDER_val" / "images").mkdir(parents=True)
     with pytest.raises(InputError, match="none of the photos"):

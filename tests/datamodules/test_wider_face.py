@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 from torch.utils.data import default_convert
 
 from datamodules import WiderFaceDataModule
+from retinaface.data import split_cache
 from retinaface.data.annotations import read_image
 from retinaface.data.synthetic import write_synthetic_root
 from retinaface.data.transforms import TransformOptions
@@ -33,9 +34,9 @@ def own_root(root, tmp_path):
 def make(root, stage="fit", rank=0, world_size=1, **options):
     options = {"train_size": 64, "batch_size": 4, "num_workers": 0, **options}
     datamodule = WiderFaceDataModule(root, **options)
+    datamodule.setup(stage)
     if world_size > 1:
         datamodule.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, num_devices=world_size)
-    datamodule.setup(stage)
     return datamodule
 
 
@@ -202,6 +203,21 @@ def test_too_large_batch_says_what_to_set(root):
         make(root, batch_size=7, world_size=2).train_dataloader()
 
 
+def test_photos_faces_and_photos_without_faces_are_counted_once(own_root, caplog):
+    file = own_root / "wider_face_split" / "label_train.txt"
+    before, _, last = file.read_text().rpartition("# ")
+    file.write_text(f"{before}# {last.splitlines()[0]}\n")  # the last photo loses its faces
+    with caplog.at_level("INFO"):
+        datamodule = make(own_root)
+        datamodule.setup("fit")
+        datamodule.setup("validate")
+    faces = [int(sample.counted["all"].sum()) for sample in datamodule.train_samples]
+    train, val = (record.getMessage() for record in caplog.records)
+    assert train == f"{own_root}: 13 photos ({faces.count(0)} without faces) with {sum(faces)} faces to train on"
+    assert faces[-1] == 0
+    assert val.startswith(f"{own_root}: 5 photos (")
+
+
 def test_limit_keeps_the_first_photos(root):
     datamodule = make(root, limit=4)
     assert [sample.name for sample in datamodule.train_samples] == [
@@ -325,3 +341,36 @@ def test_batches_survive_the_transfer_hook_unchanged(root):
     batch = next(iter(make(root, "validate").val_dataloader()))
     assert make(root, "validate").on_after_batch_transfer(batch, 0) is batch
     assert default_convert(batch)["names"] == batch["names"]
+
+
+def test_a_run_with_a_folder_of_its_own_keeps_what_was_parsed(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    samples = []
+    for folder in (tmp_path / "run", tmp_path / "run", tmp_path, "s3://bucket/run"):
+        datamodule = WiderFaceDataModule(root)
+        datamodule.trainer = SimpleNamespace(default_root_dir=str(folder))
+        datamodule.setup("fit")
+        samples.append([[sample.name for sample in datamodule.train_samples + datamodule.val_samples]])
+        if folder == tmp_path / "run":  # from now on nothing is parsed for this run
+            monkeypatch.setattr(split_cache, "read_split", lambda *_: pytest.fail("parsed again"))
+    assert samples == samples[:1] * 4
+    assert len(samples[0][0]) == 13 + 5
+    # The working directory is no run's own, and this is not where a bucket's files belong.
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"annotations_train.npz", "annotations_val.npz"}
+
+
+@pytest.mark.parametrize("download", [False, True])
+def test_preparing_unpacks_what_lies_in_the_root_and_downloads_if_asked_to(root, monkeypatch, download):
+    asked = []
+    monkeypatch.setattr("datamodules.wider_face.prepare_root", lambda *args: asked.append(args))
+    WiderFaceDataModule(root, download=download).prepare_data()
+    assert asked == [(root, download)]
+
+
+def test_a_mistyped_root_is_an_error_and_no_download(tmp_path):
+    datamodule = WiderFaceDataModule(tmp_path)
+    datamodule.prepare_data()
+    with pytest.raises(InputError, match=r"WIDER_train/images: no such folder.*data\.init_args\.download: true"):
+        datamodule.setup("fit")
+    assert not list(tmp_path.iterdir())
