@@ -16,7 +16,7 @@ class SyntheticFacesDataModule(WiderFaceDataModule):
         root: Where the photos go; kept and used again as long as the settings stay the same.
         train_photos: Number of training photos.
         val_photos: Number of validation photos.
-        photo_size: Side of the photos in pixels.
+        photo_size: Side of the photos in pixels; faces are 8 to 300 pixels high, at most 0.65 of this.
         photo_seed: Seed of the photos, apart from the seed of their order and augmentation.
         train_size: Side of the training pictures in pixels.
         val_size: Validation photos whose long side is above this are shrunk to it; None keeps their size.
@@ -33,8 +33,8 @@ class SyntheticFacesDataModule(WiderFaceDataModule):
     def __init__(
         self,
         root: str | Path = "runs/synthetic_faces",
-        train_photos: int = 800,
-        val_photos: int = 100,
+        train_photos: int = 1000,
+        val_photos: int = 150,
         photo_size: int = 320,
         photo_seed: int = 0,
         train_size: int = 320,

@@ -2,30 +2,43 @@ import json
 
 import numpy as np
 import pytest
+from scipy.io import loadmat
 
-from retinaface.data.annotations import load_split, read_image
-from retinaface.data.synthetic import MARKER, render_photo, write_synthetic_root
+from retinaface.data.annotations import DIFFICULTIES, load_split, read_difficulty, read_image
+from retinaface.data.synthetic import MARKER, subsets_of, write_synthetic_root
+from retinaface.data.synthetic_photo import Attributes, render_photo
 from retinaface.errors import InputError
+from retinaface.evaluation.wider_ap import evaluate_predictions
+
+SIZE = 160
 
 
 def contents(root):
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
-def test_root_reads_back_as_rendered(tmp_path):
-    root = write_synthetic_root(tmp_path / "deep" / "root", train=6, val=3, size=96, seed=4)
-    for split, number, count in (("train", 0, 6), ("val", 1, 3)):
-        samples = load_split(root, split)
+@pytest.fixture(scope="module")
+def one_root(tmp_path_factory):
+    """6 training and 12 validation photos of seed 4."""
+    return write_synthetic_root(tmp_path_factory.mktemp("deep") / "deep" / "root", train=6, val=12, size=SIZE, seed=4)
+
+
+def test_root_reads_back_as_rendered(one_root):
+    for split, number, count in (("train", 0, 6), ("val", 1, 12)):
+        samples = load_split(one_root, split)
         assert len(samples) == count
         for index, sample in enumerate(samples):
-            photo = render_photo(np.random.default_rng((4, number, index)), size=96)
+            photo = render_photo(np.random.default_rng((4, number, index)), size=SIZE)
             image = read_image(sample.path)
-            assert image.shape == (96, 96, 3)
+            assert image.shape == (SIZE, SIZE, 3)
             assert np.abs(image.astype(int) - photo.image).mean() < 25  # JPEG of a noisy picture
             np.testing.assert_array_equal(sample.boxes, photo.boxes)
             np.testing.assert_allclose(sample.landmarks, photo.landmarks, atol=1e-3)
-            assert sample.counted["all"].all()
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["root"]  # no scratch folder stays
+            np.testing.assert_array_equal(sample.counted["all"], photo.visible >= np.float32(0.3))
+            for subset, counted in subsets_of(photo.boxes, photo.visible, photo.attributes).items():
+                if split == "val":
+                    np.testing.assert_array_equal(sample.counted[subset], counted)
+    assert [path.name for path in one_root.parent.iterdir()] == ["root"]  # no scratch folder stays
 
 
 def test_same_seed_same_bytes_other_seed_other_photos(tmp_path):
@@ -35,28 +48,81 @@ def test_same_seed_same_bytes_other_seed_other_photos(tmp_path):
     assert all(other[name] != content for name, content in first.items() if name.endswith(".jpg"))
 
 
-def test_photos_are_varied_and_faces_are_drawn_where_they_are_annotated():
-    counts, heights, contrasts = [], [], []
-    for index in range(60):
-        photo = render_photo(np.random.default_rng(index), size=320)
-        counts.append(len(photo.boxes))
-        for box, points in zip(photo.boxes, photo.landmarks, strict=True):
-            assert (box[:2] >= 0).all()
-            assert (box[2:] <= 320).all()
-            assert ((points > box[:2]) & (points < box[2:])).all()
-            assert points[0, 0] < points[1, 0]
-            assert points[3, 0] < points[4, 0]
-            heights.append(box[3] - box[1])
-            if heights[-1] > 60:  # an eye differs from the skin below it
-                x, y = points[0].astype(int)
-                below = y + int(heights[-1] * 0.2)
-                skin = photo.image[below : below + 2, x].mean()
-                contrasts.append(abs(float(photo.image[y - 1 : y + 2, x - 1 : x + 2].mean()) - skin))
-    assert 0 in counts
-    assert max(counts) >= 5
-    assert min(heights) < 20
-    assert max(heights) > 120
-    assert np.median(contrasts) > 15
+def test_processes_change_nothing(tmp_path):
+    one, two = (write_synthetic_root(tmp_path / str(n), train=9, val=8, size=64, processes=n) for n in (1, 2))
+    assert contents(one) == contents(two)
+
+
+def test_text_files_hold_the_official_attributes(one_root):
+    for split, number, count in (("train", 0, 6), ("val", 1, 12)):
+        lines = (one_root / "wider_face_split" / f"wider_face_{split}_bbx_gt.txt").read_text().splitlines()
+        for index in range(count):
+            photo = render_photo(np.random.default_rng((4, number, index)), size=SIZE)
+            name, faces = lines.pop(0), int(lines.pop(0))
+            assert name == f"0--Synthetic/0_Synthetic_{split}_{index:05d}.jpg"
+            rows = [list(map(int, lines.pop(0).split())) for _ in range(faces or 1)]
+            assert faces == len(photo.boxes)
+            if faces:
+                np.testing.assert_array_equal(np.array(rows)[:, 4:], photo.attributes)
+            else:
+                assert rows == [[0] * 10]
+        assert not lines
+
+
+def test_subsets_are_nested_and_follow_the_rule():
+    heights = np.array([9, 10, 24, 25, 49, 50, 50, 50, 50, 50, 50, 50])
+    visible = np.array([1, 1, 1, 1, 1, 1, 0.7, 0.69, 0.49, 0.2, 1, 1], dtype=np.float32)
+    boxes = np.stack([heights * 0, heights * 0, heights, heights], axis=1).astype(np.float32)
+    attributes = np.zeros((12, 6), dtype=np.int64)
+    attributes[9] = Attributes(0, 0, 0, invalid=1, occlusion=2, pose=0)
+    attributes[10] = Attributes(blur=2, expression=0, illumination=0, invalid=0, occlusion=0, pose=0)
+    attributes[11] = Attributes(blur=1, expression=1, illumination=1, invalid=0, occlusion=0, pose=1)
+    subsets = subsets_of(boxes, visible, attributes)
+    assert np.flatnonzero(subsets["easy"]).tolist() == [5, 6]
+    assert np.flatnonzero(subsets["medium"]).tolist() == [3, 4, 5, 6, 7, 11]
+    assert np.flatnonzero(subsets["hard"]).tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 10, 11]
+
+
+def test_subsets_of_many_photos_differ_in_size(tmp_path):
+    samples = load_split(write_synthetic_root(tmp_path / "root", train=1, val=40, size=320), "val")
+    easy, medium, hard, valid = (
+        sum(sample.counted[subset].sum() for sample in samples) for subset in (*DIFFICULTIES, "all")
+    )
+    assert 5 < easy < medium < hard < valid < sum(len(sample.boxes) for sample in samples)
+    assert sum(np.isfinite(sample.landmarks).all(axis=(1, 2)).sum() for sample in samples) >= valid
+
+
+def kinds(value):
+    """The nesting of a MATLAB file: of cells, their size and what the first one that is not empty holds."""
+    if value.dtype != object:
+        return "text" if value.dtype.kind == "U" else f"{value.dtype.kind}, {value.ndim} dimensions"
+    first = next((cell for cell in value[:, 0] if cell.size), value[0, 0])
+    return [value.shape[1], kinds(first)]
+
+
+@pytest.mark.reference
+def test_mat_files_are_nested_like_the_official_ones(one_root, reference):
+    official = reference / "wider_val"
+    for name in ("face", *DIFFICULTIES):
+        theirs, ours = (
+            loadmat(folder / f"wider_{name}_val.mat") for folder in (official, one_root / "wider_face_split")
+        )
+        assert ours.keys() == theirs.keys()
+        for key in theirs:
+            if not key.startswith("__"):
+                assert kinds(ours[key]) == kinds(theirs[key]), key
+
+
+def test_evaluator_gives_perfect_detections_full_marks(one_root, tmp_path):
+    truth = one_root / "wider_face_split"
+    for name, faces in read_difficulty(truth).items():
+        file = tmp_path / f"{name}.txt"
+        file.parent.mkdir(exist_ok=True)
+        rows = [f"{x1} {y1} {x2 - x1} {y2 - y1} 0.9" for x1, y1, x2, y2 in faces.boxes.tolist()]
+        file.write_text("\n".join([name, str(len(rows) + 1), "0 0 2 2 0.1", *rows]) + "\n")
+    result = evaluate_predictions(tmp_path, truth)
+    assert result["medium"] == pytest.approx(1, abs=2e-3)  # 1000 thresholds
+    assert result["hard"] == pytest.approx(1, abs=2e-3)
 
 
 def test_complete_root_is_kept_and_other_settings_replace_it(tmp_path):
@@ -74,7 +140,7 @@ def test_interrupted_rendering_leaves_nothing_behind(tmp_path, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("retinaface.data.synthetic._develop", fail)
+    monkeypatch.setattr("retinaface.data.synthetic.render_photo", fail)
     with pytest.raises(KeyboardInterrupt):
         write_synthetic_root(tmp_path / "root", train=2, val=1, size=64)
     assert list(tmp_path.iterdir()) == []
