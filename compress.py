@@ -12,9 +12,10 @@ import signal
 import string
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -260,14 +261,20 @@ def _check_data(run: Run) -> None:
         from retinaface.data.annotations import load_split
         from retinaface.data.wider_archives import prepare_root
 
-        options = [argument for stage in run.recipe.stages for argument in run.arguments(stage)]
-        prepare_root(run.root, download="--data.init_args.download=true" in options)
+        prepare_root(run.root, download=any(_wants_download(run.arguments(stage)) for stage in run.recipe.stages))
         for split in ("train", "val"):
             load_split(run.root, split)
     if run.weights is not None:
         from retinaface.compression.structure import load_float_network
 
         load_float_network(run.weights)
+
+
+def _wants_download(arguments: Sequence[str]) -> bool:
+    """Whether a stage downloads its data; as in ``train.py`` the last value counts, after a space or ``=``."""
+    words = [part for argument in arguments for part in argument.split("=", 1)]
+    values = [value for name, value in pairwise(words) if name == "--data.init_args.download"]
+    return bool(values) and yaml.safe_load(values[-1]) is True
 
 
 def _remember(run: Run) -> None:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
 from retinaface.data.annotations import Sample, Split, load_split
+from retinaface.data.check import find_unreadable
 from retinaface.data.loading import (
     TrainDataset,
     TrainLoader,
@@ -104,9 +105,19 @@ class WiderFaceDataModule(L.LightningDataModule):
         if not self.val_samples:
             self.val_samples = self._load("val")[: self.limit]
             rank_zero_info(f"{self.root}: {_counts(self.val_samples)} to validate on")
+            if stage == "fit" and (self.trainer is None or self.trainer.is_global_zero):
+                self._check_val_photos()
+
+    def _check_val_photos(self) -> None:
+        """An unreadable one is an error, and better now than when the first epoch is over."""
+        if unreadable := find_unreadable(self.val_samples, "reading the validation photos"):
+            more = f"; and {len(unreadable) - 1} more validation photos are unreadable" if len(unreadable) > 1 else ""
+            raise InputError(f"{unreadable[0]}{more}")
 
     @override
     def train_dataloader(self) -> TrainLoader:
+        if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            raise InputError("trainer.overfit_batches: not supported; use data.init_args.limit to train on few photos")
         rank, world_size = self._rank()
         per_process = len(self.train_samples) // world_size
         if per_process < self.batch_size:
@@ -115,7 +126,7 @@ class WiderFaceDataModule(L.LightningDataModule):
                 f"set batch_size to at most {max(per_process, 1)}"
             )
         dataset = TrainDataset(self.train_samples, TrainTransform(self.train_size, self.transform), self.seed)
-        return TrainLoader(dataset, self.batch_size, rank, world_size, self._workers())
+        return TrainLoader(dataset, self.batch_size, rank, world_size, self._workers(), self._batches_done)
 
     @override
     def val_dataloader(self) -> DataLoader[ValidationItem]:
@@ -162,6 +173,10 @@ class WiderFaceDataModule(L.LightningDataModule):
     def _rank(self) -> tuple[int, int]:
         """Rank and number of processes; 0 of 1 without a trainer."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _batches_done(self) -> int:
+        # Lightning's own count: a checkpoint may be saved at any moment, within a step too.
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer else 0
 
     def _workers(self) -> int:
         if self.num_workers is not None:

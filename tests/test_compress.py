@@ -420,7 +420,7 @@ def test_two_stages_from_photos_to_report(tmp_path):
     assert str(tmp_path / "out" / "report.md") in result.stdout
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("teacher", "int8", "teacher.onnx", "int8.onnx", "run.json"),
-        *("report.json", "report.md", "report.png", "precision_recall.png"),
+        *("report.json", "report.md", "report.png", "precision_recall.png", "ap_by_size.png", "worst_photos.png"),
     }
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert {"recipe", "machine", "models", "retention", "speedup"} <= report.keys()
@@ -461,3 +461,13 @@ def test_quickstart_from_start_to_report(tmp_path):
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("done before") == 3
     assert changed == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.ckpt")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [([], False), (["--data.init_args.download=true"], True), (["--data.init_args.download", "true"], True),
+     (["--data.init_args.download=true", "--data.init_args.download=false"], False),
+     (["--data.init_args.download=True"], True), (["--data.init_args.batch_size=true"], False)],
+)  # fmt: skip
+def test_the_last_wish_to_download_counts(arguments, wanted):
+    assert compress._wants_download(["fit", "--config", "x.yaml", *arguments]) is wanted

@@ -215,7 +215,10 @@ def find_photos(images: Path) -> list[str]:
         Paths relative to the folder with ``/`` between their parts, sorted; hidden files are left out.
     """
     photos, suffixes = [], tuple(IMAGE_SUFFIXES)
-    for folder, _, files in os.walk(images, followlinks=True):
+    for folder, folders, files in os.walk(images, followlinks=True):
+        # A link to a folder above would be followed forever.
+        here = Path(folder).resolve()
+        folders[:] = [name for name in folders if not here.is_relative_to((here / name).resolve())]
         inside = Path(folder).relative_to(images).as_posix()
         prefix = "" if inside == "." else f"{inside}/"
         photos += [f"{prefix}{file}" for file in files if file.lower().endswith(suffixes) and file[0] != "."]
@@ -358,8 +361,13 @@ def read_difficulty(folder: Path) -> dict[str, Difficulty]:
             counted = {}
             for subset, lists in counted_lists.items():
                 mask = np.zeros(len(xywh), dtype=bool)
-                one_based = lists["gt_list"][event_index][0][file_index][0].reshape(-1)
-                mask[one_based.astype(np.int64) - 1] = True
+                one_based = lists["gt_list"][event_index][0][file_index][0].reshape(-1).astype(np.int64)
+                if ((one_based < 1) | (one_based > len(xywh))).any():
+                    raise InputError(
+                        f"{folder / f'wider_{subset}_val.mat'}: names face {one_based.max()} of {file[0][0]}, which "
+                        f"has {len(xywh)} in {DIFFICULTY_FILES[0]}; take all four files from one eval_tools.zip"
+                    )
+                mask[one_based - 1] = True
                 counted[subset] = mask
             truth[f"{event[0][0]}/{file[0][0]}"] = Difficulty(_to_corners(xywh), counted)
     return truth
@@ -382,15 +390,13 @@ def read_image(path: Path | str) -> NDArray[np.uint8]:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
-    # OpenCV fills what a truncated file lacks with grey and says nothing: the end has to be looked for.
-    if _is_truncated(content):
-        raise InputError(f"{path}: the file is truncated; copy or download it again")
+    # From memory: imread fills what a truncated JPEG lacks with grey and says nothing.
     try:
         image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error:
         image = None
     if image is None:
-        raise InputError(f"{path}: not a readable picture; replace or remove it")
+        raise InputError(f"{path}: truncated or not a picture; copy or download it again, or remove it")
     return np.asarray(image, dtype=np.uint8)
 
 
@@ -422,12 +428,16 @@ def _read_text_files(root: Path, split: Split, images: Path) -> list[Sample] | N
     samples = read_label_txt(label_file, images)
     if not wider_file.is_file():
         return samples
-    # Label files have no invalid flag; the official file does.
-    flagged = {sample.name: sample for sample in read_wider(wider_file, images)}
-    return [
-        replace(sample, counted={"all": sample.counted["all"] & _valid_like(sample.boxes, flagged.get(sample.name))})
+    # Label files have no invalid flag, and they may lack photos; the official file has both.
+    official = {sample.name: sample for sample in read_wider(wider_file, images)}
+    labelled = [
+        replace(
+            sample,
+            counted={"all": sample.counted["all"] & _valid_like(sample.boxes, official.pop(sample.name, None))},
+        )
         for sample in samples
     ]
+    return [*labelled, *official.values()]
 
 
 def _with_difficulty(
@@ -621,23 +631,3 @@ def _load_mat(file: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     if missing := [key for key in keys if key not in content]:
         raise InputError(f"{file}: lacks {', '.join(missing)}; take it from WIDER FACE's eval_tools.zip")
     return content
-
-
-def _is_truncated(content: bytes) -> bool:
-    """Whether a JPEG or PNG lacks its end; other formats are left to the decoder."""
-    if content.startswith(b"\x89PNG"):
-        return b"IEND\xaeB`\x82" not in content  # the last chunk's name and its checksum, which is always the same
-    if not content.startswith(b"\xff\xd8"):
-        return False
-    # An embedded thumbnail has an end marker of its own, so walk over the header to where the picture's data start.
-    # From there on the data escape 0xff, and ff d9 can only be the end; cameras may append bytes after it.
-    at = 2
-    while at + 4 <= len(content) and content[at] == 0xFF:
-        marker = content[at + 1]
-        if marker == 0xFF:  # padding before a marker
-            at += 1
-            continue
-        at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
-        if marker == 0xDA:  # start of scan
-            return content.find(b"\xff\xd9", at) < 0
-    return True

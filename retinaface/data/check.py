@@ -26,7 +26,7 @@ _SIZE_CLASSES = (
     *(f"{low}-{high} px" for low, high in pairwise(SIZE_EDGES)),
     f"{SIZE_EDGES[-1]} px and more",
 )
-_MOST_EVENTS = 20
+_MOST_EVENTS = 100  # WIDER FACE has 61
 
 
 class EventCount(NamedTuple):
@@ -121,6 +121,19 @@ def check_tables(checks: Sequence[SplitCheck]) -> list[Table]:
     for name in _SIZE_CLASSES:
         sizes.add_row(name, *(_share(check.sizes[name], check.faces) for check in checks))
     return [counts, sizes, _event_table(checks)]
+
+
+def find_unreadable(samples: Sequence[Sample], description: str) -> list[str]:
+    """Decodes every photo, with a progress bar.
+
+    Args:
+        samples: The photos.
+        description: What the progress bar says.
+
+    Returns:
+        A line per photo that cannot be decoded or is truncated, with its path.
+    """
+    return _decode_all(samples, description)[1]
 
 
 def _check_split(root: Path, split: Split) -> SplitCheck:

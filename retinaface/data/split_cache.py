@@ -1,14 +1,14 @@
-"""Keeps a parsed split next to the run, so that every start and every process but the first reads it in no time."""
+"""Keeps a parsed split next to the run, so that later starts read it in no time."""
 
 import hashlib
 import os
 import tempfile
-import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from retinaface.data.annotations import (
     Sample,
@@ -94,9 +94,12 @@ def _read(file: Path, key: str, images: Path) -> SplitIndex | None:
         with np.load(file, allow_pickle=False) as stored:
             if str(stored["key"]) != key:
                 return None
-            content = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return _unpack({name: stored[name] for name in stored.files}, images)
+    except Exception:  # numpy and zipfile raise a dozen kinds for what is damaged
         return None
+
+
+def _unpack(content: dict[str, NDArray[Any]], images: Path) -> SplitIndex:
     ends = np.cumsum(content["faces"]).tolist()
     parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
     counted = {name.removeprefix("counted_"): array for name, array in content.items() if name.startswith("counted_")}

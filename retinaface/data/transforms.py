@@ -178,16 +178,20 @@ class TrainTransform:
             The picture and its remaining faces.
         """
         rng = np.random.default_rng(seed)
-        crop = self._choose_crop(image.shape[0], image.shape[1], boxes, labels, rng)
+        height, width = image.shape[:2]
+        faces = _Faces(boxes.astype(np.float64), landmarks.astype(np.float64), labels, visible=np.ones(len(boxes)))
+        # Three times, because what the photo lacks or the crop lost must not count as visible when the surroundings of
+        # the photo are filled or a translation moves its place back in.
+        faces = self._clip(faces, (width, height), min_face=0)
+        crop = self._choose_crop(height, width, faces.boxes, faces.labels, rng)
         picture = _cut(image, crop, self.size)
         scale, origin = self.size / crop.side, np.array([crop.left, crop.top])
-        faces = _Faces(
-            (boxes - np.tile(origin, 2)) * scale, (landmarks - origin) * scale, labels, visible=np.ones(len(boxes))
+        faces = faces._replace(
+            boxes=(faces.boxes - np.tile(origin, 2)) * scale, landmarks=(faces.landmarks - origin) * scale
         )
-        # Twice, because what the crop lost must not count as visible when a translation moves its place back in.
-        faces = self._clip(faces)
+        faces = self._clip(faces, (self.size, self.size), self.options.min_face)
         picture, faces = self._augment(picture, faces, seed=int(rng.integers(2**31)))
-        faces = self._clip(faces)
+        faces = self._clip(faces, (self.size, self.size), self.options.min_face)
         has_landmarks = np.asarray(np.isfinite(faces.landmarks.reshape(-1, 10)).all(axis=1), dtype=bool)
         return {
             "image": picture,
@@ -201,16 +205,14 @@ class TrainTransform:
         self,
         height: int,
         width: int,
-        boxes: NDArray[np.float32],
+        boxes: NDArray[np.float64],
         labels: NDArray[np.int64],
         rng: np.random.Generator,
     ) -> Crop:
         """A scale-balanced crop, or the first of several that holds the centre of a face large enough to be learned."""
         faces = boxes[labels == FACE]
-        if self.options.balanced and rng.random() < self.options.balanced:
-            with_size = faces[(faces[:, 2:] > faces[:, :2]).all(axis=1)]
-            if len(with_size):
-                return self._draw_balanced_crop(height, width, rng.choice(with_size), rng)
+        if self.options.balanced and len(faces) and rng.random() < self.options.balanced:
+            return self._draw_balanced_crop(height, width, rng.choice(faces), rng)
         for _ in range(self.options.crop_tries):
             crop = _draw_crop(height, width, self._draw_side(min(height, width), rng), rng)
             centres = (faces[:, :2] + faces[:, 2:]) / 2 - (crop.left, crop.top)
@@ -220,9 +222,9 @@ class TrainTransform:
                 break
         return crop
 
-    def _draw_balanced_crop(self, height: int, width: int, face: NDArray[np.float32], rng: np.random.Generator) -> Crop:
+    def _draw_balanced_crop(self, height: int, width: int, face: NDArray[np.float64], rng: np.random.Generator) -> Crop:
         """A square with the face in it, at a size from ``balanced_faces``."""
-        corner, sides = face[:2].astype(np.float64), (face[2:] - face[:2]).astype(np.float64)
+        corner, sides = face[:2], face[2:] - face[:2]
         zoom = _log_uniform(rng, self.options.balanced_faces) / math.sqrt(sides.prod())
         lowest = self.size / (2 * max(height, width))
         side = max(1, round(self.size / min(max(zoom, lowest), _LARGEST_ZOOM)))
@@ -235,22 +237,22 @@ class TrainTransform:
             return max(1, round(short_side * rng.uniform(*self.options.crop_scale)))
         return max(1, round(self.size / _log_uniform(rng, self.options.zoom)))
 
-    def _clip(self, faces: _Faces) -> _Faces:
-        """Clips boxes to the picture, drops faces outside it and labels badly cut or tiny ones as ignored.
+    def _clip(self, faces: _Faces, size: tuple[int, int], min_face: float) -> _Faces:
+        """Clips boxes to a picture of ``width, height``; badly cut and tiny faces become ignored, those outside go.
 
         Landmarks outside the picture become NaN.
         """
-        boxes = faces.boxes.clip(0, self.size)
+        boxes = faces.boxes.clip(0, np.tile(size, 2))
         sides = boxes[:, 2:] - boxes[:, :2]
         whole = (faces.boxes[:, 2:] - faces.boxes[:, :2]).prod(axis=1)
         visible = faces.visible * sides.prod(axis=1) / np.maximum(whole, 1e-9)
         centres = (faces.boxes[:, :2] + faces.boxes[:, 2:]) / 2
         learnable = (
-            ((centres >= 0) & (centres < self.size)).all(axis=1)
-            & (sides.min(axis=1) >= self.options.min_face)
+            ((centres >= 0) & (centres < size)).all(axis=1)
+            & (sides.min(axis=1) >= min_face)
             & (visible >= self.options.min_visible)
         )
-        outside = (faces.landmarks < 0) | (faces.landmarks > self.size)
+        outside = (faces.landmarks < 0) | (faces.landmarks > size)
         stays = sides.min(axis=1) > 0
         return _Faces(
             boxes[stays],
@@ -290,7 +292,8 @@ def _build_pipeline(options: TransformOptions) -> A.Compose:
                 fill=MEAN_BGR,
                 p=options.affine,
             ),
-            # It takes the picture for RGB: hue shifts turn the other way round, which symmetric ranges do not notice.
+            # They take the picture for RGB: hue shifts turn the other way round, which symmetric ranges do not notice,
+            # and the weights of red and blue in saturation and contrast are exchanged, which matters little.
             A.ColorJitter(
                 brightness=(1 - options.brightness, 1 + options.brightness),
                 contrast=(1 - options.contrast, 1 + options.contrast),
@@ -298,7 +301,7 @@ def _build_pipeline(options: TransformOptions) -> A.Compose:
                 hue=(-options.hue, options.hue),
                 p=options.colour,
             ),
-            A.ToGray(p=options.grayscale),
+            A.ToGray(method="average", p=options.grayscale),
             A.OneOf(
                 [
                     A.GaussianBlur(blur_limit=(3, options.blur_size), sigma_limit=(0.5, options.blur_size / 4), p=1.0),

@@ -110,8 +110,8 @@ def time_loader(
         make_loader: Makes a loader with a number of workers.
         workers: That number.
         train_step: Trains with one batch, and returns when the device has finished.
-        batches: Batches timed, after one that starts the workers and is not; epochs follow each other if one is too
-            short.
+        batches: Batches timed, after as many untimed ones as the workers keep ready, and one more; epochs follow each
+            other if one is too short.
 
     Returns:
         The timings.
@@ -121,13 +121,16 @@ def time_loader(
     images = batches * loader.batch_size
 
     stream = _endless(loader)
-    next(stream)
+    kept_ready = 1 + workers * (loader.prefetch_factor or 0)
+    for _ in range(kept_ready):
+        next(stream)
     start = time.perf_counter()
     for _ in with_progress(range(batches), f"loading, {workers} workers"):
         next(stream)
     alone = time.perf_counter() - start
 
-    train_step(next(stream))
+    for _ in range(kept_ready):
+        train_step(next(stream))
     waited = 0.0
     start = time.perf_counter()
     for _ in with_progress(range(batches), f"training, {workers} workers"):

@@ -375,7 +375,7 @@ def test_bytes_after_the_end_of_a_jpeg_are_fine(tmp_path):
 def test_what_is_no_picture(tmp_path):
     with pytest.raises(InputError, match=r"absent\.jpg: cannot be read"):
         read_image(tmp_path / "absent.jpg")
-    with pytest.raises(InputError, match=r"page\.jpg: not a readable picture"):
+    with pytest.raises(InputError, match=r"page\.jpg: truncated or not a picture"):
         read_image(write(tmp_path / "page.jpg", "<html>quota exceeded</html>"))
 
 
@@ -393,3 +393,31 @@ def test_reference_roots():
     truth = read_difficulty(REFERENCE / "wider_val")
     totals = {subset: sum(photo.counted[subset].sum() for photo in truth.values()) for subset in ("easy", "hard")}
     assert (len(truth), totals) == (3226, {"easy": 7211, "hard": 31958})  # the published numbers of faces
+
+
+def test_photos_that_only_the_official_file_lists_stay(tmp_path):
+    split = tmp_path / "wider_face_split"
+    write(split / "wider_face_train_bbx_gt.txt", f"a/one.jpg\n1\n{FACE}\na/two.jpg\n1\n{FACE}\n")
+    write(split / "label_train.txt", f"# a/one.jpg\n1 2 10 20 {POINTS}\n")
+    for name in ("one", "two"):
+        write_photo(tmp_path / "WIDER_train" / "images" / "a" / f"{name}.jpg")
+    one, two = load_split(tmp_path, "train")
+    assert (one.name, two.name) == ("a/one", "a/two")
+    assert np.isfinite(one.landmarks).all()
+    assert np.isnan(two.landmarks).all()
+    assert len(two.boxes) == 1
+
+
+def test_a_link_to_a_folder_above_is_not_followed_forever(tmp_path):
+    write_photo(tmp_path / "a" / "one.jpg")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    assert find_photos(tmp_path) == ["a/one.jpg", "b/one.jpg"]
+
+
+@pytest.mark.parametrize("index", [0, 4])
+def test_a_face_that_is_not_there_in_the_official_lists(write_difficulty, tmp_path, index):
+    faces = [[5, 6, 7, 8], [1, 2, 10, 20], [1, 1, 9, 4]]
+    write_difficulty(tmp_path, {"one": (faces, {"easy": [2], "medium": [1, index], "hard": [1, 2, 3]})})
+    with pytest.raises(InputError, match=r"wider_medium_val\.mat: names face .* of one, which has 3"):
+        read_difficulty(tmp_path)

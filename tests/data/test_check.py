@@ -79,7 +79,7 @@ def test_broken_files_are_named(tmp_path):
     assert check.unlisted == ["a/new.png"]
     assert [line.split(": ")[0] for line in check.unreadable] == [str(images / "cut.jpg"), str(images / "page.jpg")]
     assert "truncated" in check.unreadable[0]
-    assert "not a readable picture" in check.unreadable[1]
+    assert "not a picture" in check.unreadable[1]
     assert len(check.broken) == 3
     # Whether faces reach beyond a photo that cannot be read is not known.
     assert (check.photos, check.faces, check.beyond_photo, check.outside_photo) == (3, 3, 0, [])
@@ -108,11 +108,11 @@ def test_landmarks_both_splits_and_the_tables(tiny_root):
 
 def test_many_events_are_cut_to_those_with_most_faces(tmp_path):
     rows = [(1, 1, 20, 20)]
-    write_split(tmp_path, "train", {f"event{n:02}/one.jpg": rows * (n + 1) for n in range(23)} | {"top.jpg": []})
+    write_split(tmp_path, "train", {f"event{n:03}/one.jpg": rows * (n + 1) for n in range(103)} | {"top.jpg": []})
     text = printed(check_root(tmp_path))
-    assert "event22" in text
-    assert "event03" in text
-    assert "event02" not in text
+    assert "event102" in text
+    assert "event003" in text
+    assert "event002" not in text
     (others,) = (line for line in text.splitlines() if "4 others" in line)
     assert [cell.strip() for cell in others.strip("│").split("│")] == ["4 others", "4", "6"]
 

@@ -10,10 +10,8 @@ import pytest
 import torch
 import yaml
 from jsonargparse import ArgumentParser
-from torch.utils.data import default_convert
 
 from datamodules import WiderFaceDataModule
-from retinaface.data import split_cache
 from retinaface.data.annotations import read_image
 from retinaface.data.synthetic import write_synthetic_root
 from retinaface.data.transforms import TransformOptions
@@ -31,12 +29,26 @@ def own_root(root, tmp_path):
     return shutil.copytree(root, tmp_path / "root")
 
 
+def trainer_of(rank, world_size):
+    """As much of a trainer as the loaders look at."""
+    progress = SimpleNamespace(current=SimpleNamespace(ready=0))
+    fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
+    return SimpleNamespace(
+        global_rank=rank,
+        is_global_zero=rank == 0,
+        world_size=world_size,
+        num_devices=world_size,
+        overfit_batches=0,
+        fit_loop=fit_loop,
+    )
+
+
 def make(root, stage="fit", rank=0, world_size=1, **options):
     options = {"train_size": 64, "batch_size": 4, "num_workers": 0, **options}
     datamodule = WiderFaceDataModule(root, **options)
     datamodule.setup(stage)
     if world_size > 1:
-        datamodule.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, num_devices=world_size)
+        datamodule.trainer = trainer_of(rank, world_size)
     return datamodule
 
 
@@ -183,7 +195,23 @@ def test_unreadable_photo_is_a_one_line_error_in_validation(own_root, workers):
     truncate(path)
     with pytest.raises(InputError) as error:
         list(datamodule.val_dataloader())
-    assert one_line(error.value) == f"{path}: the file is truncated; copy or download it again"
+    assert one_line(error.value).startswith(f"{path}: truncated or not a picture")
+
+
+def test_unreadable_validation_photos_are_found_before_training(own_root):
+    datamodule = make(own_root, "validate")
+    for sample in datamodule.val_samples[1:3]:
+        truncate(sample.path)
+    with pytest.raises(InputError, match=r"truncated or not a picture.*and 1 more") as error:
+        make(own_root, "fit")
+    assert str(datamodule.val_samples[1].path) in str(error.value)
+
+
+def test_overfit_batches_says_what_to_use(root):
+    datamodule = make(root)
+    datamodule.trainer = SimpleNamespace(global_rank=0, world_size=1, num_devices=1, overfit_batches=1)
+    with pytest.raises(InputError, match=r"data\.init_args\.limit"):
+        datamodule.train_dataloader()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -266,10 +294,10 @@ class Recorder(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def trainer_for(tmp_path, epochs):
+def trainer_for(tmp_path, epochs, **options):
     return L.Trainer(
         accelerator="cpu", max_epochs=epochs, logger=False, default_root_dir=tmp_path, use_distributed_sampler=False,
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, **options,
     )  # fmt: skip
 
 
@@ -290,33 +318,41 @@ def test_a_resumed_fit_sees_what_an_uninterrupted_one_sees(own_root, tmp_path):
     assert first.sums + second.sums == whole.sums
 
 
-class StopAt(L.Callback):
-    """Saves a checkpoint after a step and ends the fit there, as a crash would."""
+class Crash(L.Callback):
+    """Saves a checkpoint, in a hook after a number of steps, and ends the fit there."""
 
-    def __init__(self, step, path):
+    def __init__(self, hook, step, path):
         self.step, self.path = step, path
+        setattr(self, hook, self._crash)
 
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step:
+    def _crash(self, trainer, *_):
+        if trainer.global_step == self.step and not trainer.sanity_checking:
             trainer.save_checkpoint(self.path)
             raise RuntimeError("crash")
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-@pytest.mark.parametrize(("step", "workers"), [(1, 2), (3, 0), (4, 0), (5, 2)])
-def test_a_fit_resumed_within_an_epoch_continues_the_stream(root, tmp_path, step, workers):
-    """Three batches an epoch: the crash comes within the first epoch, at its end, and within the second."""
+@pytest.mark.parametrize("options", [{}, {"limit_train_batches": 2}, {"val_check_interval": 1}])
+@pytest.mark.parametrize(
+    ("hook", "step", "workers"),
+    [("on_train_batch_end", 1, 2), ("on_train_batch_end", 3, 0), ("on_train_batch_end", 4, 0),
+     ("on_before_backward", 1, 2), ("on_before_backward", 3, 0), ("on_train_epoch_end", 3, 0)],
+)  # fmt: skip
+def test_a_fit_resumed_within_an_epoch_continues_the_stream(root, tmp_path, hook, step, workers, options):
+    """Three batches an epoch: a crash within a step, after one, at the end of an epoch; in the first and the second."""
+    if "limit_train_batches" in options and hook == "on_train_epoch_end":
+        step = 2
     whole, first, second = Recorder(), Recorder(), Recorder()
-    trainer_for(tmp_path, 2).fit(whole, make(root))
-    trainer = trainer_for(tmp_path, 2)
-    trainer.callbacks.append(StopAt(step, tmp_path / "step.ckpt"))
+    trainer_for(tmp_path, 2, **options).fit(whole, make(root))
+    trainer = trainer_for(tmp_path, 2, **options)
+    trainer.callbacks.append(Crash(hook, step, tmp_path / "step.ckpt"))
     with pytest.raises(RuntimeError, match="crash"):
         trainer.fit(first, make(root, num_workers=workers))
-    trainer = trainer_for(tmp_path, 2)
+    trainer = trainer_for(tmp_path, 2, **options)
     trainer.fit(second, make(root, num_workers=workers), ckpt_path=tmp_path / "step.ckpt")
-    assert len(first.sums) == step
-    assert first.sums + second.sums == whole.sums
-    assert trainer.global_step == 6
+    finished = first.sums[:step]  # the step within which it crashed is done again
+    assert finished + second.sums == whole.sums
+    assert trainer.global_step == len(whole.sums)
     assert torch.equal(second.weight, whole.weight)
 
 
@@ -340,37 +376,3 @@ def test_every_option_of_the_augmentation_stands_in_the_configuration(name):
 def test_batches_survive_the_transfer_hook_unchanged(root):
     batch = next(iter(make(root, "validate").val_dataloader()))
     assert make(root, "validate").on_after_batch_transfer(batch, 0) is batch
-    assert default_convert(batch)["names"] == batch["names"]
-
-
-def test_a_run_with_a_folder_of_its_own_keeps_what_was_parsed(root, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    samples = []
-    for folder in (tmp_path / "run", tmp_path / "run", tmp_path, "s3://bucket/run"):
-        datamodule = WiderFaceDataModule(root)
-        datamodule.trainer = SimpleNamespace(default_root_dir=str(folder))
-        datamodule.setup("fit")
-        samples.append([[sample.name for sample in datamodule.train_samples + datamodule.val_samples]])
-        if folder == tmp_path / "run":  # from now on nothing is parsed for this run
-            monkeypatch.setattr(split_cache, "read_split", lambda *_: pytest.fail("parsed again"))
-    assert samples == samples[:1] * 4
-    assert len(samples[0][0]) == 13 + 5
-    # The working directory is no run's own, and this is not where a bucket's files belong.
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"annotations_train.npz", "annotations_val.npz"}
-
-
-@pytest.mark.parametrize("download", [False, True])
-def test_preparing_unpacks_what_lies_in_the_root_and_downloads_if_asked_to(root, monkeypatch, download):
-    asked = []
-    monkeypatch.setattr("datamodules.wider_face.prepare_root", lambda *args: asked.append(args))
-    WiderFaceDataModule(root, download=download).prepare_data()
-    assert asked == [(root, download)]
-
-
-def test_a_mistyped_root_is_an_error_and_no_download(tmp_path):
-    datamodule = WiderFaceDataModule(tmp_path)
-    datamodule.prepare_data()
-    with pytest.raises(InputError, match=r"WIDER_train/images: no such folder.*data\.init_args\.download: true"):
-        datamodule.setup("fit")
-    assert not list(tmp_path.iterdir())
