@@ -43,6 +43,13 @@ class RetinaFaceCLI(LightningCLI):
         if path not in (None, "best", "last", "hpc"):
             _check_resumable(path)
 
+    def before_fit(self) -> None:
+        """Tells the trainer now what it goes on from, so that callbacks know in their ``setup``; it would later."""
+        arguments = self.config_init[self.config_init.subcommand]
+        if arguments.ckpt_path not in (None, "best", "last", "hpc"):
+            self.trainer.ckpt_path = arguments.ckpt_path
+            arguments.ckpt_path = None
+
 
 def _check_resumable(path: str) -> None:
     """Lightning would answer a foreign file with a traceback."""

@@ -1,8 +1,17 @@
 """What happens around training, to be named in a configuration as ``callbacks.<class>``."""
 
+from callbacks.evaluation_pictures import EvaluationPictures
 from callbacks.export import ExportOnnx
 from callbacks.image_logging import ImageLogging
 from callbacks.pruning import ChannelPruning
 from callbacks.quantization import QuantizationAwareTraining
+from callbacks.sparsity import SparsityRegularization
 
-__all__ = ["ChannelPruning", "ExportOnnx", "ImageLogging", "QuantizationAwareTraining"]
+__all__ = [
+    "ChannelPruning",
+    "EvaluationPictures",
+    "ExportOnnx",
+    "ImageLogging",
+    "QuantizationAwareTraining",
+    "SparsityRegularization",
+]

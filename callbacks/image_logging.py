@@ -80,8 +80,20 @@ def _publish(trainer: L.Trainer, sheet: NDArray[np.uint8], name: str, file: str)
     path = Path(trainer.default_root_dir) / file
     path.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(path), sheet)
+    send_picture(trainer, sheet, name)
+
+
+def send_picture(trainer: L.Trainer, picture: NDArray[np.uint8], name: str) -> None:
+    """Sends a picture to W&B and TensorBoard, where these are the logger.
+
+    Args:
+        trainer: Whose loggers.
+        picture: ``(H, W, 3)`` uint8 BGR.
+        name: What to call it there.
+    """
+    picture = np.ascontiguousarray(picture[..., ::-1])
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_image(name, [np.ascontiguousarray(sheet[..., ::-1])])
+            logger.log_image(name, [picture])
         elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(name, sheet[..., ::-1].copy(), trainer.global_step, dataformats="HWC")
+            logger.experiment.add_image(name, picture, trainer.global_step, dataformats="HWC")

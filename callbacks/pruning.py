@@ -1,14 +1,31 @@
 """Removes channels from the student before it is trained."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import cv2
 import lightning as L
+import numpy as np
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.optim.swa_utils import update_bn
 from typing_extensions import override
 
+from callbacks.image_logging import send_picture
 from lightning_modules import RetinaFaceModule
-from retinaface.compression.pruning import PruningSettings, apply_plan, make_plan
+from retinaface.compression.channel_groups import Gradients, Importance, loss_gradients
+from retinaface.compression.pruning import Plan, PruningSettings, PruningTarget, Ranking, apply_plan, make_plan
 from retinaface.errors import InputError
-from retinaface.model.network import RetinaFace
+from retinaface.evaluation.benchmark import Timing
+from retinaface.evaluation.describe import Description, compare, kept_channels
+from retinaface.evaluation.speedup import speedup_meter
+from retinaface.evaluation.visualize import plot_kept_channels
+from retinaface.model.network import RetinaFace, normalize
+from retinaface.progress import with_progress
 
 
 class ChannelPruning(L.Callback):
@@ -16,29 +33,78 @@ class ChannelPruning(L.Callback):
 
     It acts in ``setup``: before the network is wrapped for several processes and before the optimizer exists, both of
     which would go on with parameters that are no longer there. What was removed is kept in the module's structure, and
-    so in its checkpoints.
+    so in its checkpoints. One process decides, and all remove the same.
+
+    What is left is drawn in ``kept_channels.png`` in the trainer's root folder, which goes to the loggers together with
+    parameters and MACs (and milliseconds, where the target is a speed) before and after.
 
     Args:
-        ratio: Share of the channels of every layer to remove, 0 to 1.
-        round_to: Channel counts are rounded down to a multiple of this, so narrow layers may lose more than ``ratio``.
-        global_ranking: Rank the channels of all layers together.
+        ratio: Share of the channels of every layer to remove, 0 to 1; not used with ``target``.
+        target: How small or fast to become instead, one of ``{macs: 0.35}`` and ``{params: 0.35}`` (what is left) and
+            ``{speedup: 2.0}`` (as FP32 in ONNX Runtime on this machine's CPU, against the network that the stage starts
+            from).
+        importance: How channels are scored: ``l1``, ``l2``, ``taylor``, ``bn_scale``, ``lamp``, ``fpgm`` or ``random``.
+        ranking: ``local`` ranks channels within their layer, ``global`` against all others, ``isomorphic`` against
+            those of layers that are built alike.
+        ratios: Module, with all below it, to a ratio of its own.
         keep: Modules, with all below them, that lose none of their output channels, such as ``backbone.stage1``.
+        round_to: Channel counts are rounded down to a multiple of this, so narrow layers may lose more than ``ratio``.
+        min_channels: No layer is left with fewer channels than this.
         max_ratio: No layer loses a larger share than this.
+        sensitivity: File of ``python -m retinaface sensitivity`` that says which layers bear most; with ``target``.
+        recalibrate: Training batches over which the batch norms' statistics are estimated anew after the surgery;
+            0 leaves them as they are.
+        taylor_batches: Training batches that ``importance: taylor`` looks at.
+        size: Side in pixels of the picture for MACs and speed.
+        threads: Threads for the speed; by default every physical core.
 
     Raises:
-        InputError: A number is out of range; when a fit begins, ``keep`` names an unknown module, the network is
-            quantized already, or the fit goes on from a checkpoint that was not pruned.
+        InputError: A setting is out of range; when a fit begins, a setting names an unknown module, the target cannot
+            be reached, the network is quantized already, or the fit goes on from a checkpoint that was not pruned.
     """
 
     def __init__(
         self,
         ratio: float = 0.4,
-        round_to: int = 8,
-        global_ranking: bool = False,
+        target: PruningTarget | None = None,
+        importance: Importance = "l1",
+        ranking: Ranking = "local",
+        ratios: Mapping[str, float] | None = None,
         keep: Sequence[str] = (),
+        round_to: int = 8,
+        min_channels: int = 1,
         max_ratio: float = 0.8,
+        sensitivity: str | None = None,
+        recalibrate: int = 20,
+        taylor_batches: int = 20,
+        size: int = 640,
+        threads: int | None = None,
     ) -> None:
-        self.settings = PruningSettings(ratio, round_to, global_ranking, tuple(keep), max_ratio)
+        self.settings = PruningSettings(
+            ratio,
+            target,
+            importance,
+            ranking,
+            dict(ratios or {}),
+            tuple(keep),
+            round_to,
+            min_channels,
+            max_ratio,
+            sensitivity,
+        )
+        for name, value, least in (
+            ("recalibrate", recalibrate, 0),
+            ("taylor_batches", taylor_batches, 1),
+            ("size", size, 64),
+        ):
+            if value < least:
+                raise InputError(f"pruning: {name} is {value}; expected {least} or more")
+        self.recalibrate = recalibrate
+        self.taylor_batches = taylor_batches
+        self.size = size
+        self.threads = threads
+        self._plans_before = 0
+        self._change: Change | None = None
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -48,18 +114,107 @@ class ChannelPruning(L.Callback):
         network = pl_module.network
         if not isinstance(network, RetinaFace):
             raise InputError("pruning: the network is quantized already; prune in a stage before quantization")
-        # One process decides, so that all remove the same.
-        plan = trainer.strategy.broadcast(make_plan(network, self.settings) if trainer.is_global_zero else None)
-        assert plan is not None
+        self._plans_before = len(pl_module.structure.plans)
+        if trainer.ckpt_path is not None:
+            return  # the checkpoint brings plan and weights
+        decided = trainer.strategy.broadcast(self._decide(trainer, pl_module) if trainer.is_global_zero else None)
+        assert decided is not None
+        plan, statistics = decided
         apply_plan(network, plan)
+        network.load_state_dict(statistics, strict=False)
         pl_module.structure.plans.append(plan)
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, RetinaFaceModule)
         # A checkpoint to go on from brings its own structure, and it may be that of another stage.
-        if not pl_module.structure.plans or pl_module.structure.quantization is not None:
+        if len(pl_module.structure.plans) <= self._plans_before or pl_module.structure.quantization is not None:
             raise InputError(
-                f"{trainer.ckpt_path}: is not of a pruning stage, which cannot go on from it; give it as the "
+                f"{trainer.ckpt_path}: is not of this pruning stage, which cannot go on from it; give it as the "
                 "student (--model.init_args.student)"
             )
+        if self._change is not None and trainer.ckpt_path is None:
+            self._publish(trainer, self._change)
+
+    def _decide(self, trainer: L.Trainer, module: RetinaFaceModule) -> tuple[Plan, dict[str, Tensor]]:
+        """Chooses what goes, and estimates the batch norms' statistics of what is left."""
+        network = module.network
+        assert isinstance(network, RetinaFace)
+        gradients = self._gradients(trainer, module) if self.settings.importance == "taylor" else None
+        pruned = deepcopy(network)
+        with speedup_meter(network, self.size, self.threads) as measure:
+
+            def speedup(candidate: RetinaFace) -> float:
+                ratio = measure(candidate)[1].ratio
+                rank_zero_info(f"pruning: tried a network that is {ratio:.2f}x as fast")
+                return ratio
+
+            plan = make_plan(network, self.settings, gradients, speedup)
+            apply_plan(pruned, plan)
+            by_speed = self.settings.target is not None and self.settings.target.speedup is not None
+            timings = measure(pruned) if by_speed else None
+        self._change = Change(compare(network, pruned, self.size), timings)
+        if self.recalibrate:
+            device = trainer.strategy.root_device
+            batches = self._batches(trainer, self.recalibrate, "estimating batch statistics")
+            update_bn((normalize(batch["images"]) for batch in batches), pruned.to(device))
+        return plan, {name: value.cpu() for name, value in pruned.named_buffers()}
+
+    def _gradients(self, trainer: L.Trainer, module: RetinaFaceModule) -> Gradients:
+        """Gradients of the loss against the labels, over the first batches of the first epoch."""
+        network = deepcopy(module.network).to(trainer.strategy.root_device).eval().requires_grad_(True)
+        assert isinstance(network, RetinaFace)
+        batches = self._batches(trainer, self.taylor_batches, "gradients of the loss")
+        losses = (module.task_loss(network(normalize(batch["images"])), batch).total for batch in batches)
+        return loss_gradients(network, losses)
+
+    @staticmethod
+    def _batches(trainer: L.Trainer, count: int, description: str) -> Iterator[Any]:
+        """This process's first training batches, on its device, with a progress bar."""
+        if trainer.datamodule is None:  # type: ignore[attr-defined]
+            raise InputError(
+                "pruning: recalibrate and importance taylor need a data module, as fit has its loaders only later; "
+                "give one, or set recalibrate to 0 and choose another importance"
+            )
+        loader = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
+        batches = iter(loader)
+        for _ in with_progress(range(min(count, len(loader))), description):
+            yield move_data_to_device(next(batches), trainer.strategy.root_device)
+
+    def _publish(self, trainer: L.Trainer, change: "Change") -> None:
+        """Writes and logs what was removed."""
+        figures = change.figures()
+        rank_zero_info(f"pruning: {', '.join(f'{name} {value:.4g}' for name, value in figures.items())}")
+        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+            return
+        for logger in trainer.loggers:
+            logger.log_metrics({f"pruning/{name}": value for name, value in figures.items()}, step=0)
+        chart = Path(trainer.default_root_dir) / "kept_channels.png"
+        plot_kept_channels(kept_channels(change.description.layers), chart)
+        send_picture(trainer, np.asarray(cv2.imread(str(chart)), np.uint8), "pruning/kept_channels")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What pruning made of a network.
+
+    Attributes:
+        description: What is left, layer by layer.
+        timings: Of the network before and after; None if the speed was not asked for.
+    """
+
+    description: Description
+    timings: tuple[Timing, Timing] | None
+
+    def figures(self) -> dict[str, float]:
+        """What changed, before and after."""
+        found: dict[str, float] = {
+            "params_before": self.description.params_before,
+            "params": self.description.params,
+            "macs_before": self.description.macs_before,
+            "macs": self.description.macs,
+        }
+        if self.timings is not None:
+            before, after = self.timings
+            found |= {"ms_before": before.median_ms, "ms": after.median_ms, "speedup": after.ratio}
+        return found

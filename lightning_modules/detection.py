@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from retinaface.compression.structure import Network, Structure, load_float_network
 from retinaface.errors import InputError
-from retinaface.evaluation.evaluate import NMS_THRESHOLD, SCORE_THRESHOLD
+from retinaface.evaluation.protocols import NMS_THRESHOLD, SCORE_THRESHOLD
 from retinaface.evaluation.wider_ap import WiderFaceAP
 from retinaface.model.anchors import make_anchors, picture_size
 from retinaface.model.checkpoints import load_imagenet_backbone

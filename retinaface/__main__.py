@@ -3,16 +3,17 @@
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
 import docstring_parser
 from jsonargparse import ArgumentParser
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from retinaface.errors import InputError, one_line
 
@@ -45,27 +46,53 @@ def detect(
         raise InputError(f"{len(unreadable)} of {len(images)} photos skipped: {'; '.join(unreadable)}")
 
 
-def evaluate(model: Path, root: Path, json: Path | None = None) -> None:
+def evaluate(
+    model: Path,
+    root: Path,
+    protocol: Literal["original", "vga", "long640", "multiscale"] = "original",
+    teacher: Path | None = None,
+    out: Path | None = None,
+    results: Path | None = None,
+    wandb: str | None = None,
+    json: Path | None = None,
+) -> None:
     """Measure average precision on the validation photos of a data root.
 
-    Example: python -m retinaface evaluate int8.onnx --root data/wider_face
+    Example: python -m retinaface evaluate int8.onnx --root data/wider_face --teacher teacher.onnx --out pictures
 
     Args:
         model: Detector (.pth, .ckpt or .onnx).
         root: Data root in WIDER FACE layout.
+        protocol: At which size it sees the photos: their own, fitted in 640 x 480, with a long side of 640, or at five
+            sizes and mirrored with their boxes voting.
+        teacher: Detector to compare with, in the tables, the pictures and the JSON file.
+        out: Draw precision and recall, average precision by face size and the worst photos in this folder.
+        results: Write what the model found to this folder, in the WIDER result format that wider-ap reads.
+        wandb: Send figures and the pictures of --out to this Weights & Biases project.
         json: Also write the figures to this file.
     """
     from retinaface.evaluation.evaluate import evaluate as measure
+    from retinaface.evaluation.evaluate import evaluation_tables, save_pictures, save_results, send_to_wandb
 
-    result = measure(model, root)
-    table = Table(title=escape(f"{model} in {result.runtime}: {result.photos} photos, {result.faces} faces"))
-    for heading in (*result.ap, "images/s"):
-        table.add_column(heading, justify="right")
-    table.add_row(*("-" if ap is None else f"{ap:.4f}" for ap in result.ap.values()), f"{result.images_per_second:.1f}")
-    _console.print(table)
-    facts = asdict(result)
-    del facts["curves"]
-    _write_json(json, {"model": str(model), "root": str(root), **facts})
+    compared = {} if teacher is None else {f"teacher {teacher.name}": measure(teacher, root, protocol)}
+    evaluation = measure(model, root, protocol)
+    evaluations = {**compared, model.name: evaluation}
+    for table in evaluation_tables(evaluations):
+        _console.print(table)
+    facts = {"model": str(model), "root": str(root), **evaluation.figures()}
+    for reference in compared.values():
+        facts["teacher"] = {"model": str(teacher), **reference.figures()}
+    _write_json(json, facts)
+    if results is not None:
+        save_results(evaluation, results)
+        _console.print(f"results written to {results}")
+    pictures = {}
+    if out is not None:
+        accuracies = {name: each.accuracy for name, each in evaluations.items()}
+        pictures = save_pictures(accuracies, evaluation.photos, out, protocol)
+        _console.print(f"pictures written to {out}")
+    if wandb is not None:
+        send_to_wandb(wandb, facts, pictures)
 
 
 def export(ckpt: Path, out: Path) -> None:
@@ -114,7 +141,113 @@ def benchmark(
     _write_json(json, {"machine": machine_facts(), "timings": [asdict(timing) for timing in timings]})
 
 
-def wider_ap(predictions: Path, ground_truth: Path, json: Path | None = None) -> None:
+def describe(ckpt: Path, size: int = 640, json: Path | None = None) -> None:
+    """List a checkpoint's layers: what pruning left of them, their parameters and their computation.
+
+    Example: python -m retinaface describe runs/own_photos/int8/checkpoints/last.ckpt
+
+    Args:
+        ckpt: Checkpoint (.ckpt) or public weights (.pth).
+        size: Side in pixels of the picture for the multiply-accumulate operations (MACs).
+        json: Also write the figures to this file.
+    """
+    from retinaface.compression.structure import load_structure
+    from retinaface.evaluation.describe import describe as look
+    from retinaface.evaluation.describe import description_table
+
+    description = look(load_structure(ckpt), size)
+    _console.print(description_table(description, str(ckpt)))
+    _write_json(json, {"ckpt": str(ckpt), **asdict(description)})
+
+
+def sensitivity(
+    model: Path,
+    root: Path,
+    purpose: Literal["pruning"],
+    out: Path = Path("sensitivity"),
+    limit: int | None = None,
+    recalibrate: int = 16,
+    importance: Literal["l1", "l2", "bn_scale", "lamp", "fpgm", "random"] = "l1",
+    size: int = 640,
+    threads: int | None = None,
+) -> None:
+    """Measure what each group of layers loses and gains when it alone is compressed.
+
+    Writes sensitivity.json, which callbacks.ChannelPruning takes (--trainer.callbacks.init_args.sensitivity), and
+    sensitivity.png.
+
+    Example: python -m retinaface sensitivity teacher.ckpt --root data/wider_face --for pruning --limit 200
+
+    Args:
+        model: Float detector (.pth or .ckpt).
+        root: Data root in WIDER FACE layout.
+        purpose: The compression: pruning removes 25, 50 and 75 % of each group's channels.
+        out: Folder to write to.
+        limit: Use only this many validation photos, the first ones.
+        recalibrate: Training photos over which batch statistics are estimated anew after each surgery; 0 for none.
+        importance: How channels are scored.
+        size: Side in pixels of the picture for the timing.
+        threads: Threads for the timing; by default every physical core that this process may use.
+    """
+    from retinaface.evaluation.sensitivity import measure_sensitivity, sensitivity_table
+    from retinaface.evaluation.visualize import plot_sensitivity
+
+    measured = measure_sensitivity(model, root, limit, recalibrate, importance, size, threads)
+    _console.print(sensitivity_table(measured))
+    _write_json(out / "sensitivity.json", {"for": purpose, "model": str(model), "root": str(root), **asdict(measured)})
+    plotted = {
+        group.name: {point.ratio: (point.ap_loss, point.speedup) for point in group.points} for group in measured.groups
+    }
+    plot_sensitivity(plotted, out / "sensitivity.png")
+    _console.print(f"written to {out}")
+
+
+def check_data(root: Path, out: Path = Path("check-data.png"), json: Path | None = None) -> None:
+    """Look through a data root: counts, face sizes, and every broken file. Ends with status 2 if there is one.
+
+    Example: python -m retinaface check-data data/wider_face --json check.json
+
+    Args:
+        root: Data root in WIDER FACE layout, with training photos, validation photos or both.
+        out: Picture of the face sizes to write.
+        json: Also write the figures and all file names to this file.
+    """
+    from retinaface.data.check import check_root, check_tables
+    from retinaface.data.wider_archives import prepare_root
+    from retinaface.evaluation.visualize import plot_face_sizes
+    from retinaface.model.network import NetworkConfig
+
+    prepare_root(root)
+    checks = check_root(root)
+    for table in check_tables(checks):
+        _console.print(table)
+    for check in checks:
+        _print_list(f"{check.split}: annotated and absent, left out", check.absent if check.absent_is_fine else [])
+        _print_list(f"{check.split}: there but not annotated", check.unlisted)
+        _print_list(f"{check.split}: photos with faces wholly outside, and their number", check.outside_photo)
+        _print_list(f"{check.split}: BROKEN", check.broken, most=len(check.broken))
+    smallest_anchor = min(side for sides in NetworkConfig().anchor_sizes for side in sides)
+    try:
+        plot_face_sizes({check.split: check.short_sides for check in checks}, out, smallest_anchor)
+    except (OSError, ValueError) as error:  # matplotlib raises ValueError for a suffix that it does not know
+        raise InputError(f"{out}: cannot be written ({error}); choose another --out") from error
+    _console.print(f"face sizes drawn in {out}")
+    facts = [{name: value for name, value in vars(check).items() if name != "short_sides"} for check in checks]
+    _write_json(json, {"root": str(root), "splits": facts})
+    if broken := sum(len(check.broken) for check in checks):
+        raise InputError(f"{root}: {broken} photos are broken, as listed above; replace them or remove their lines")
+
+
+def _print_list(title: str, names: list[str], most: int = 20) -> None:
+    if names:
+        _console.print(f"{title} ({len(names)}):")
+        for name in names[:most]:
+            _console.print(f"  {name}")
+        if len(names) > most:
+            _console.print(f"  ... and {len(names) - most} more; --json writes all")
+
+
+def wider_ap(predictions: Path, ground_truth: Path, partial: bool = False, json: Path | None = None) -> None:
     """Compute the official WIDER FACE average precisions of result files.
 
     Example: python -m retinaface wider-ap predictions ground_truth --json ap.json
@@ -122,14 +255,134 @@ def wider_ap(predictions: Path, ground_truth: Path, json: Path | None = None) ->
     Args:
         predictions: Folder of <event>/<image>.txt files in the WIDER result format.
         ground_truth: Folder with the official .mat files.
+        partial: Leave out photos without a result file (--partial true) instead of naming them and stopping.
         json: Also write easy, medium and hard to this file.
     """
     from retinaface.evaluation.wider_ap import evaluate_predictions
 
-    result = evaluate_predictions(predictions, ground_truth)
+    result = evaluate_predictions(predictions, ground_truth, skip_missing=partial)
     for subset, value in result.items():
         _console.print(f"{subset}: {value:.6f}")
     _write_json(json, {subset: None if math.isnan(value) else value for subset, value in result.items()})
+
+
+def show_batch(config: list[Path], root: Path | None = None, out: Path = Path("batch.jpg"), batches: int = 1) -> None:
+    """Draw augmented training batches with their boxes, landmarks and ignored faces.
+
+    Example: python -m retinaface show-batch --config configs/data/wider_face.yaml --root data/wider_face
+
+    Args:
+        config: Configuration with a data section; several, or the config.yaml of a run, will do as well.
+        root: Data root to use instead of the configuration's.
+        out: Picture to write.
+        batches: Number of batches.
+    """
+    import cv2
+
+    from datamodules.configuration import load_datamodule
+    from retinaface.evaluation.visualize import contact_sheet, draw_training_batch
+
+    _require_at_least({"batches": (batches, 1)})
+    if not cv2.haveImageWriter(str(out)):
+        raise InputError(f"{out}: cannot be written as a picture; give a name that ends in .jpg or .png")
+    datamodule = load_datamodule(config, root)
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    drawn = [draw_training_batch(batch) for batch in islice(datamodule.train_dataloader(), batches)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not cv2.imwrite(str(out), contact_sheet([picture for pictures in drawn for picture in pictures])):
+        raise InputError(f"{out}: cannot be written; choose another --out")
+    _console.print(f"written to {out}: faces green with landmarks, ignored faces crossed out in grey")
+
+
+def benchmark_data(
+    config: list[Path],
+    root: Path | None = None,
+    workers: list[int] | None = None,
+    photos: int = 50,
+    batches: int = 20,
+    json: Path | None = None,
+) -> None:
+    """Time the training data: each step of a photo, the loader, and what a training waits for them.
+
+    The training is that of a mobilenet0.25 on labels, on the GPU where there is one.
+
+    Example: python -m retinaface benchmark-data --config configs/data/wider_face.yaml --root data/wider_face
+
+    Args:
+        config: Configuration with a data section; several, or the config.yaml of a run, will do as well.
+        root: Data root to use instead of the configuration's.
+        workers: Numbers of loader processes to compare; by default none and the one that a training would choose.
+        photos: Photos to time step by step.
+        batches: Batches to time per number of workers.
+        json: Also write the figures to this file.
+    """
+    from datamodules.configuration import load_datamodule
+    from lightning_modules import RetinaFaceModule
+    from lightning_modules.bare_step import make_bare_step
+    from retinaface.data.loading import TrainLoader, default_workers
+    from retinaface.data.transforms import TrainTransform
+    from retinaface.evaluation.benchmark import machine_facts
+    from retinaface.evaluation.benchmark_data import loader_table, sample_table, time_loader, time_samples
+
+    _require_at_least({"photos": (photos, 1), "batches": (batches, 1), "workers": (min(workers or [0]), 0)})
+    datamodule = load_datamodule(config, root)
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    transform = TrainTransform(datamodule.train_size, datamodule.transform)
+    samples = time_samples(datamodule.train_samples, transform, datamodule.batch_size, photos)
+    _console.print(sample_table(samples))
+
+    def make_loader(number: int) -> TrainLoader:
+        datamodule.num_workers = number
+        return datamodule.train_dataloader()
+
+    train_step = make_bare_step(RetinaFaceModule())
+    loaders = [
+        time_loader(make_loader, number, train_step, batches) for number in workers or sorted({0, default_workers()})
+    ]
+    _console.print(loader_table(loaders, f"batches of {datamodule.batch_size} at {datamodule.train_size} pixels"))
+    _write_json(json, {"machine": machine_facts(), "samples": asdict(samples), "loaders": list(map(asdict, loaders))})
+
+
+def make_synthetic(out: Path, train: int, val: int, size: int = 640, seed: int = 0) -> None:
+    """Render photos with drawn faces as a data root in WIDER FACE layout, ground truth included.
+
+    Example: python -m retinaface make-synthetic --out data/synthetic --train 1000 --val 200 --seed 1
+
+    Args:
+        out: Folder to make; one that was rendered with the same settings is kept, with others replaced.
+        train: Number of training photos.
+        val: Number of validation photos.
+        size: Side of the photos in pixels.
+        seed: Same seed, same photos.
+    """
+    from retinaface.data.annotations import DIFFICULTIES, load_split
+    from retinaface.data.synthetic import MARKER, write_synthetic_root
+
+    marker = out / MARKER
+    before = marker.stat().st_mtime_ns if marker.is_file() else None
+    started = time.perf_counter()
+    write_synthetic_root(out, train, val, size, seed)
+    seconds = time.perf_counter() - started
+    table = Table("split", *(Column(name, justify="right") for name in ("photos", "faces", "valid", *DIFFICULTIES)))
+    for split in ("train", "val"):
+        samples = load_split(out, split)
+        counts = [len(samples), sum(len(sample.boxes) for sample in samples)]
+        subsets = [subset for subset in ("all", *DIFFICULTIES) if subset in samples[0].counted]
+        counts += [sum(int(sample.counted[subset].sum()) for sample in samples) for subset in subsets]
+        table.add_row(split, *map(str, counts))
+    _console.print(table)
+    if before == marker.stat().st_mtime_ns:
+        _console.print(f"{out}: was there already, with these settings")
+    else:
+        _console.print(f"written to {out} in {seconds:.1f} s ({(train + val) / seconds:.0f} photos/s)")
+
+
+def _require_at_least(limits: dict[str, tuple[int, int]]) -> None:
+    for name, (value, least) in limits.items():
+        if value < least:
+            raise InputError(f"--{name}: expected at least {least}, found {value}")
 
 
 def _write_json(path: Path | None, content: dict[str, Any]) -> None:
@@ -141,12 +394,18 @@ def _write_json(path: Path | None, content: dict[str, Any]) -> None:
             raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --json") from error
 
 
-# Each command, and its positional arguments with the number of values they take.
+# Each command, and its required arguments with the number of values they take; those without dashes go by position.
 COMMANDS: dict[str, tuple[Callable[..., None], dict[str, str | None]]] = {
     "detect": (detect, {"model": None, "images": "+"}),
     "evaluate": (evaluate, {"model": None}),
     "export": (export, {"ckpt": None}),
     "benchmark": (benchmark, {"baseline": None, "candidates": "+"}),
+    "describe": (describe, {"ckpt": None}),
+    "sensitivity": (sensitivity, {"model": None}),
+    "show-batch": (show_batch, {"--config": "+"}),
+    "benchmark-data": (benchmark_data, {"--config": "+"}),
+    "check-data": (check_data, {"root": None}),
+    "make-synthetic": (make_synthetic, {}),
     "wider-ap": (wider_ap, {"predictions": None, "ground_truth": None}),
 }
 
@@ -155,13 +414,20 @@ def _parser() -> ArgumentParser:
     """Every command's arguments are those of its function; its help is the docstring."""
     parser = ArgumentParser(prog="python -m retinaface", description="Use, measure and deliver a RetinaFace detector.")
     subcommands = parser.add_subcommands(dest="command")
-    for name, (function, positional) in COMMANDS.items():
+    for name, (function, required) in COMMANDS.items():
         docstring = docstring_parser.parse(function.__doc__ or "")
         command = ArgumentParser(description=f"{docstring.short_description} {docstring.long_description}")
-        for argument, count in positional.items():
-            description = next(param.description for param in docstring.params if param.arg_name == argument)
-            command.add_argument(argument, type=Path, nargs=count, help=description)
-        command.add_function_arguments(function, skip=set(positional), as_group=False)
+        for argument, count in required.items():
+            parameter = argument.removeprefix("--")
+            description = next(param.description for param in docstring.params if param.arg_name == parameter)
+            flags = {"required": True} if argument.startswith("--") else {}
+            command.add_argument(argument, type=Path, nargs=count, help=description, **flags)
+        if "purpose" in get_type_hints(function):  # no parameter can be called `for`
+            description = next(param.description for param in docstring.params if param.arg_name == "purpose")
+            kind = get_type_hints(function)["purpose"]
+            command.add_argument("--for", dest="purpose", type=kind, required=True, help=description)
+        skip: set[str | int] = {"purpose", *(arg.removeprefix("--") for arg in required)}
+        command.add_function_arguments(function, skip=skip, as_group=False)
         subcommands.add_subcommand(name, command, help=docstring.short_description)
     return parser
 

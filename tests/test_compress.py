@@ -421,6 +421,7 @@ def test_two_stages_from_photos_to_report(tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("teacher", "int8", "teacher.onnx", "int8.onnx", "run.json"),
         *("report.json", "report.md", "report.png", "precision_recall.png", "ap_by_size.png", "worst_photos.png"),
+        "kept_channels.png",
     }
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert {"recipe", "machine", "models", "retention", "speedup"} <= report.keys()

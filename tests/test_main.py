@@ -6,6 +6,9 @@ import pytest
 from scipy.io import savemat
 
 from retinaface.__main__ import COMMANDS, main
+from retinaface.data.annotations import load_split
+from retinaface.evaluation.sensitivity import GroupSensitivity, Point, Sensitivity
+from retinaface.evaluation.visualize import GREEN
 
 
 @pytest.fixture
@@ -108,13 +111,35 @@ def test_detect_names_what_it_skipped_after_the_rest_is_done(checkpoint_files, t
 
 def test_evaluate(onnx_file, root, tmp_path, capsys):
     file = tmp_path / "new" / "ap.json"
-    main(["evaluate", str(onnx_file), "--root", str(root), "--json", str(file)])
+    main(["evaluate", str(onnx_file), "--root", str(root), "--protocol", "vga", "--json", str(file)])
     facts = json.loads(file.read_text())
-    assert (facts["model"], facts["root"]) == (str(onnx_file), str(root))
+    assert (facts["model"], facts["root"], facts["protocol"]) == (str(onnx_file), str(root), "vga")
     assert (facts["photos"], facts["faces"], facts["runtime"]) == (2, 2, "onnxruntime")
     assert 0 <= facts["ap"]["all"] <= 1
     assert facts["ap"]["easy"] is facts["ap"]["medium"] is facts["ap"]["hard"] is None
-    assert f"{facts['ap']['all']:.4f}" in capsys.readouterr().out
+    assert facts["official_photos"] is facts["landmark_error"] is None
+    text = capsys.readouterr().out
+    assert f"{facts['ap']['all']:.4f}" in text
+    assert "AP, vga: 2 photos, 2 faces" in text
+
+
+def test_evaluate_against_a_teacher_with_results_and_pictures(checkpoint_files, onnx_file, root, tmp_path, capsys):
+    sent = []
+    options = {"--root": root, "--teacher": checkpoint_files["pruned"], "--wandb": "faces"}
+    places = {"--out": tmp_path / "out", "--results": tmp_path / "results", "--json": tmp_path / "ap.json"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("retinaface.evaluation.evaluate.send_to_wandb", lambda *arguments: sent.append(arguments))
+        main(["evaluate", str(onnx_file), *(str(word) for pair in {**options, **places}.items() for word in pair)])
+    facts = json.loads((tmp_path / "ap.json").read_text())
+    assert (facts["model"], facts["teacher"]["model"]) == (str(onnx_file), str(checkpoint_files["pruned"]))
+    assert facts["teacher"]["runtime"] == "torch"
+    assert {path.stem for path in (tmp_path / "out").iterdir()} == {"precision_recall", "ap_by_size", "worst_photos"}
+    assert {path.name for path in (tmp_path / "results" / "0--Street").iterdir()} == {"a.txt", "b.txt"}
+    ((project, sent_facts, pictures),) = sent
+    assert (project, sent_facts["ap"], len(pictures)) == ("faces", facts["ap"], 3)
+    text = capsys.readouterr().out
+    assert "teacher" in text
+    assert "pruned.ckpt" in text
 
 
 def test_export(checkpoint_files, onnx_file, quick_export, tmp_path, capsys):
@@ -142,6 +167,78 @@ def test_benchmark(onnx_file, tmp_path):
     assert facts["machine"]["cores"] >= 1
 
 
+@pytest.mark.parametrize("name", ["public", "pruned", "int8"])
+def test_describe(checkpoint_files, name, tmp_path, capsys):
+    main(["describe", str(checkpoint_files[name]), "--size", "64", "--json", str(tmp_path / "layers.json")])
+    text = capsys.readouterr().out
+    assert "landmark_heads.2" in text
+    assert ("256 → 152" in text) == (name != "public")
+    facts = json.loads((tmp_path / "layers.json").read_text())
+    assert (facts["params"] < facts["params_before"]) == (name != "public")
+
+
+def test_sensitivity(checkpoint_files, tiny_root, tmp_path, monkeypatch, capsys):
+    point = Point(0.5, 0.6, 0.1, 1.25)
+    asked = []
+
+    def measure(*arguments):
+        asked.append(arguments)
+        return Sensitivity(0.7, 3, [GroupSensitivity("fpn.lateral.0.0", 16, [point] * 3)])
+
+    monkeypatch.setattr("retinaface.evaluation.sensitivity.measure_sensitivity", measure)
+    model, out = checkpoint_files["float"], tmp_path / "found"
+    main(["sensitivity", str(model), "--root", str(tiny_root), "--for", "pruning", "--limit=3", "--out", str(out)])
+    assert asked == [(model, tiny_root, 3, 16, "l1", 640, None)]
+    assert "+0.100 1.25x" in capsys.readouterr().out
+    facts = json.loads((out / "sensitivity.json").read_text())
+    assert (facts["for"], facts["ap"]) == ("pruning", 0.7)
+    assert facts["groups"][0]["points"][0] == {"ratio": 0.5, "ap": 0.6, "ap_loss": 0.1, "speedup": 1.25}
+    assert (out / "sensitivity.png").is_file()
+
+
+def test_check_data(root, tmp_path, capsys):
+    picture, file = tmp_path / "new" / "sizes.png", tmp_path / "check.json"
+    main(["check-data", str(root), "--out", str(picture), "--json", str(file)])
+    facts = json.loads(file.read_text())
+    (val,) = facts["splits"]
+    assert (facts["root"], val["split"], val["photos"], val["faces"]) == (str(root), "val", 2, 2)
+    assert val["sizes"]["16-32 px"] == 2
+    assert val["events"] == {"0--Street": [2, 2]}
+    assert cv2.imread(str(picture)).std() > 10
+    text = capsys.readouterr().out
+    assert f"face sizes drawn in {picture}" in text
+    assert "16-32 px" in text
+    assert "BROKEN" not in text
+
+
+def test_check_data_names_every_broken_photo_and_fails(root, tmp_path, capsys):
+    photos = root / "WIDER_val" / "images" / "0--Street"
+    (photos / "a.jpg").write_bytes((photos / "a.jpg").read_bytes()[:-200])
+    (photos / "b.jpg").rename(photos / "c.jpg")
+    arguments = ["check-data", str(root), "--out", str(tmp_path / "sizes.png"), "--json", str(tmp_path / "check.json")]
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"error: {root}: 2 photos are broken, as listed above; replace them or remove their lines\n"
+    for line in (
+        "val: BROKEN (2):",
+        f"{photos / 'a.jpg'}: truncated or not a picture",
+        f"{photos / 'b.jpg'}: listed in the",
+    ):
+        assert line in captured.out
+    assert "there but not annotated (1):\n  0--Street/c.jpg" in captured.out
+    assert (tmp_path / "sizes.png").is_file()  # what can be told is told all the same
+    assert json.loads((tmp_path / "check.json").read_text())["splits"][0]["absent"] == [str(photos / "b.jpg")]
+
+
+@pytest.mark.parametrize("name", ["file/sizes.png", "sizes.docx"])
+def test_check_data_picture_that_cannot_be_written(root, tmp_path, capsys, name):
+    (tmp_path / "file").touch()
+    line = fails(capsys, "check-data", root, "--out", tmp_path / name)
+    assert f"{tmp_path / name}: cannot be written" in line
+
+
 def test_wider_ap(tmp_path, capsys):
     def cells(*values):
         array = np.empty((len(values), 1), object)
@@ -163,6 +260,28 @@ def test_wider_ap(tmp_path, capsys):
     main(["wider-ap", str(tmp_path / "found"), str(tmp_path / "truth"), "--json", str(file)])
     assert json.loads(file.read_text()) == pytest.approx({"easy": 1, "medium": 0, "hard": 0.5}, abs=1e-2)
     assert "easy: 1.0" in capsys.readouterr().out
+    (tmp_path / "found" / "0--Parade" / "a.txt").rename(tmp_path / "found" / "0--Parade" / "b.txt")
+    assert "1 photos have no result file" in fails(capsys, "wider-ap", tmp_path / "found", tmp_path / "truth")
+    main(["wider-ap", str(tmp_path / "found"), str(tmp_path / "truth"), "--partial", "true"])
+    assert "hard: nan" in capsys.readouterr().out  # the only photo is left out
+
+
+def test_make_synthetic(tmp_path, capsys):
+    out = tmp_path / "new" / "root"
+    arguments = ["make-synthetic", f"--out={out}", "--train=3", "--val=8", "--size=128", "--seed=5"]
+    main(arguments)
+    samples = load_split(out, "val")
+    assert len(samples) == 8
+    assert len(load_split(out, "train")) == 3
+    text = capsys.readouterr().out
+    line = next(line for line in text.splitlines() if line.startswith("│ val "))
+    row = [cell.strip() for cell in line.strip("│").split("│")]
+    subsets = [sum(sample.counted[name].sum() for sample in samples) for name in ("all", "easy", "medium", "hard")]
+    assert row == ["val", "8", str(sum(len(sample.boxes) for sample in samples)), *map(str, subsets)]
+    assert f"written to {out}" in text
+    assert "photos/s" in text
+    main(arguments)
+    assert "was there already" in capsys.readouterr().out
 
 
 # Errors
@@ -176,6 +295,10 @@ def test_wider_ap(tmp_path, capsys):
         (["export", "absent.ckpt", "--out", "x.onnx"], "absent.ckpt: no such file"),
         (["benchmark", "absent.onnx", "other.onnx"], "absent.onnx"),
         (["wider-ap", "nowhere", "nowhere"], "nowhere: no such folder"),
+        (["check-data", "nowhere"], "nowhere: no such folder"),
+        (["describe", "absent.ckpt"], "absent.ckpt: no such file"),
+        (["sensitivity", "absent.ckpt", "--root=x", "--for=pruning"], "absent.ckpt: no such file"),
+        (["make-synthetic", "--out=x", "--train=0", "--val=1"], "train >= 1"),
     ],
 )
 def test_what_is_absent_is_named_in_one_line(args, message, tmp_path, monkeypatch, capsys):
@@ -212,8 +335,9 @@ def test_json_that_cannot_be_written(onnx_file, root, tmp_path, capsys):
         ["detect", "model.pth", "a.jpg", "--score", "high"],
         ["export", "model.pth"],
         ["evaluate", "model.pth", "--rot", "x"],
+        ["sensitivity", "model.pth", "--root", "x"],
     ],
-    ids=["nothing", "unknown command", "no photo", "no number", "no out", "unknown option"],
+    ids=["nothing", "unknown command", "no photo", "no number", "no out", "unknown option", "no purpose"],
 )
 def test_a_wrong_command_line_is_explained(args, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -222,3 +346,47 @@ def test_a_wrong_command_line_is_explained(args, capsys):
     text = capsys.readouterr().err
     assert "error: " in text
     assert "Traceback" not in text
+
+
+# Training data
+
+
+@pytest.fixture
+def data_config(tmp_path):
+    """A small configuration of training data; it names no existing root."""
+    file = tmp_path / "data.yaml"
+    file.write_text(
+        "data:\n  class_path: datamodules.WiderFaceDataModule\n  init_args:\n    root: nowhere\n    train_size: 64\n"
+        "    batch_size: 4\n    num_workers: 0\n"
+    )
+    return file
+
+
+def test_show_batch(data_config, tiny_root, tmp_path, capsys):
+    out = tmp_path / "deep" / "batch.png"
+    main(["show-batch", "--config", str(data_config), "--root", str(tiny_root), "--out", str(out), "--batches", "2"])
+    assert str(out) in capsys.readouterr().out
+    sheet = cv2.imread(str(out))
+    assert sheet.shape[1] == 1600
+    assert sheet.shape[0] > 700  # two batches of four, four to a row
+    assert (sheet == GREEN).all(axis=-1).any()
+
+
+def test_show_batch_of_nothing(data_config, tiny_root, tmp_path, capsys):
+    assert "nowhere: no such folder" in fails(capsys, "show-batch", "--config", data_config)
+    assert "no such" in fails(capsys, "show-batch", "--config", tmp_path / "absent.yaml").lower()
+    line = fails(capsys, "show-batch", "--config", data_config, "--root", tiny_root, "--out", tmp_path / "batch.what")
+    assert "cannot be written" in line
+
+
+def test_benchmark_data(data_config, tiny_root, tmp_path, capsys):
+    out = tmp_path / "data.json"
+    main(["benchmark-data", "--config", str(data_config), "--root", str(tiny_root), "--photos", "2", "--batches", "2",
+          "--workers", "[0,1]", "--json", str(out)])  # fmt: skip
+    text = capsys.readouterr().out
+    assert "cv2.imread" in text
+    assert "waiting for data" in text
+    content = json.loads(out.read_text())
+    assert [loader["workers"] for loader in content["loaders"]] == [0, 1]
+    assert all(0 < loader["wait_share"] < 1 for loader in content["loaders"])
+    assert len(content["samples"]["read"]) == 4

@@ -137,6 +137,17 @@ def test_last_checkpoint_is_the_newest_even_as_accuracy_falls(tiny_root, tmp_pat
     assert all(torch.equal(trained[name.removeprefix("network.")], v) for name, v in content["state_dict"].items())
 
 
+def test_the_best_epoch_can_be_kept_instead(tiny_root, tmp_path, monkeypatch, no_export):
+    """By the photos that it is then measured on; so it has to be asked for."""
+    figures = iter([0.3, 0.9, 0.5])
+    monkeypatch.setattr(WiderFaceAP, "compute", lambda self: {"all": torch.tensor(next(figures))})
+    best = ["--checkpoint.monitor=val/ap_all", "--checkpoint.mode=max"]
+    cli = train.main(arguments(tiny_root, *TEACHER, more=[*one_run_in(tmp_path, epochs=3), *best]))
+    assert float(cli.trainer.checkpoint_callback.best_model_score) == pytest.approx(0.9)
+    (kept,) = (tmp_path / "checkpoints").iterdir()
+    assert torch.load(kept, weights_only=True)["epoch"] == 1
+
+
 def test_predict_finds_faces_on_the_validation_photos(tiny_root, tiny_checkpoint):
     more = ["--model=lightning_modules.RetinaFaceModule", f"--model.init_args.weights={tiny_checkpoint}"]
     cli = train.main(arguments(tiny_root, "data/wider_face.yaml", command="predict", more=more))

@@ -1,23 +1,75 @@
-"""Structured pruning: channels are removed from the tensors, not zeroed.
+"""Structured pruning: channels are removed from the tensors, not zeroed."""
 
-Torch-Pruning's dependency graph (arXiv:2301.12900) finds what must shrink together: the next convolution's inputs,
-batch norms, depthwise convolutions, both sides of an addition, the parts of a concatenation.
-"""
-
-from collections.abc import Sequence
+import json
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 import torch_pruning as tp
 from torch import nn
 
+from retinaface.compression.channel_groups import (
+    ChannelGroup,
+    Gradients,
+    Importance,
+    example_input,
+    find_groups,
+    groups_matching,
+)
 from retinaface.errors import InputError
-from retinaface.model.network import RetinaFace, matching_modules
+from retinaface.model.network import RetinaFace
 
 # A plan is what pruning removed, in order: name of the module where a group starts, whether by its output channels, and
 # the channel indices. Plain values, so that a checkpoint can hold it.
 Plan = list[tuple[str, bool, list[int]]]
+
+Ranking = Literal["local", "global", "isomorphic"]
+
+# Group name to AP that is lost by ratio of its channels.
+Losses = Mapping[str, Mapping[float, float]]
+
+# How far from its target, relative to it, a search may end; and where it stops looking for something closer.
+_TOLERANCE = 0.05
+_CLOSE = 0.01
+_CLOSE_IN_TIME = 0.025  # timings are no more exact than that
+_PRECISION = 2**-12  # of the ratio: finer than the channels of any layer
+
+
+@dataclass(frozen=True)
+class PruningTarget:
+    """How small or fast the network has to become: exactly one of these.
+
+    Attributes:
+        macs: Share of the multiply-accumulate operations that is left, 0 to 1.
+        params: Share of the parameters that is left, 0 to 1.
+        speedup: How many times as fast it has to run, above 1.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    speedup: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            raise InputError(
+                f"pruning: target has {', '.join(given) or 'nothing'}; expected exactly one of macs, params and speedup"
+            )
+        if not 0 < self.share < 1:
+            raise InputError(
+                f"pruning: target is {given}; expected the share of macs or params that is left, between 0 and 1, or a "
+                "speedup above 1"
+            )
+
+    @property
+    def share(self) -> float:
+        """Share of the cost (operations, parameters or time) that is to be left."""
+        return next(each for each in (self.macs, self.params, self.speedup and 1 / self.speedup) if each is not None)
 
 
 @dataclass(frozen=True)
@@ -25,59 +77,270 @@ class PruningSettings:
     """How much is removed, and from where.
 
     Attributes:
-        ratio: Share of the channels of every layer to remove, 0 to 1.
+        ratio: Share of the channels to remove, 0 to 1; not used with ``target``.
+        target: How small or fast the network has to become; the ratio is searched for.
+        importance: How channels are scored; see :func:`retinaface.compression.channel_groups.find_groups`.
+        ranking: Against which others a channel is ranked: those of its layer (``local``: every layer loses ``ratio``),
+            of the whole network (``global``), or of all layers that are built alike (``isomorphic``, arXiv:2407.04616).
+        ratios: Ratios of their own for some modules, with all below them; neither ``target`` nor the ranking moves
+            these. Names as in ``keep``; of two that mean the same layer the later one counts.
+        keep: Modules, with all below them, that lose none of their output channels.
         round_to: Channel counts are rounded down to a multiple of this, which vector units want; narrow layers may lose
             more than ``ratio`` by it.
-        global_ranking: Rank all channels of the network together, so that layers lose more or less than ``ratio``,
-            instead of every layer by itself.
-        keep: Modules, with all below them, that lose none of their output channels.
+        min_channels: No layer is left with fewer channels than this.
         max_ratio: No layer loses a larger share than this.
+        sensitivity: File of ``python -m retinaface sensitivity``: every layer loses as much as it can for one and the
+            same loss of AP (as arXiv:1608.08710 chooses by hand), which ``target`` decides; ``ranking`` is not used.
     """
 
     ratio: float = 0.4
+    target: PruningTarget | None = None
+    importance: Importance = "l1"
+    ranking: Ranking = "local"
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    keep: Sequence[str] = ()
     round_to: int = 8
-    global_ranking: bool = False
-    keep: Sequence[str] = field(default=())
+    min_channels: int = 1
     max_ratio: float = 0.8
+    sensitivity: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ratio < 1:
-            raise InputError(f"pruning: ratio is {self.ratio}; expected a share of the channels, from 0 up to below 1")
+        for name, value in {"ratio": self.ratio, **self.ratios}.items():
+            if not 0 <= value < 1:
+                raise InputError(f"pruning: {name} is {value}; expected a share of the channels, from 0 up to below 1")
         if self.round_to < 1:
             raise InputError(f"pruning: round_to is {self.round_to}; expected 1 or more (8 and 16 suit CPUs)")
+        if self.min_channels < 1:
+            raise InputError(f"pruning: min_channels is {self.min_channels}; expected 1 or more")
         if not 0 < self.max_ratio < 1:
             raise InputError(
                 f"pruning: max_ratio is {self.max_ratio}; expected a share of the channels between 0 and 1"
             )
+        for name, choices in (("importance", get_args(Importance)), ("ranking", get_args(Ranking))):
+            if getattr(self, name) not in choices:
+                raise InputError(f"pruning: {name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
+        if self.sensitivity is not None and self.target is None:
+            raise InputError("pruning: sensitivity says where to remove, not how much; give a target with it")
 
 
-def make_plan(network: RetinaFace, settings: PruningSettings) -> Plan:
-    """Chooses the least important channels, by the L1 norm of their weights (arXiv:1608.08710).
+def make_plan(
+    network: RetinaFace,
+    settings: PruningSettings,
+    gradients: Gradients | None = None,
+    measure_speedup: Callable[[RetinaFace], float] | None = None,
+) -> Plan:
+    """Chooses the least important channels.
 
     Args:
         network: On the CPU; left as it was. The outputs of the heads are never touched.
         settings: How much, and from where.
+        gradients: For ``importance: taylor``; see :func:`retinaface.compression.channel_groups.loss_gradients`.
+        measure_speedup: For ``target: {speedup: ...}``: how many times as fast as ``network`` a pruned one runs.
 
     Returns:
         The plan, for :func:`apply_plan`.
 
     Raises:
-        InputError: ``keep`` names a module that the network does not have.
+        InputError: A setting names a module that the network does not have or that has no channels to lose, the
+            sensitivity file does not fit, or the target cannot be reached.
     """
-    network = deepcopy(network).requires_grad_(True)  # frozen parameters would silently be left out
-    heads = [*network.class_heads, *network.box_heads, *network.landmark_heads]
-    pruner = tp.pruner.BasePruner(
-        network,
-        _example(),
-        importance=tp.importance.MagnitudeImportance(p=1),
-        global_pruning=settings.global_ranking,
-        pruning_ratio=settings.ratio,
-        max_pruning_ratio=settings.max_ratio,
-        round_to=settings.round_to,
-        ignored_layers=[*heads, *_below(network, settings.keep)],
-    )
-    pruner.step()
-    return [(str(name), bool(out), [int(i) for i in indices]) for name, out, indices in pruner.pruning_history()]
+    groups = find_groups(network, settings.importance, settings.keep, gradients)
+    fixed = {
+        name: ratio
+        for pattern, ratio in settings.ratios.items()
+        for name in groups_matching(network, groups, pattern, "pruning: ratios")
+    }
+    losses = None if settings.sensitivity is None else _losses_of(groups, settings.sensitivity)
+
+    def plan_at(strength: float) -> Plan:
+        ratios = {**_ratios(groups, settings.ranking, strength, losses), **fixed}
+        return _plan(groups, ratios, settings)
+
+    if settings.target is None:
+        return plan_at(settings.ratio)
+    cost = _cost_meter(network, settings.target, measure_speedup)
+    # All that can be removed: every channel, or as much as costs the largest loss that was measured.
+    most = 1.0 if losses is None else max((max(points.values()) for points in losses.values()), default=0.0)
+    return _search(network, groups, plan_at, cost, settings.target, most)
+
+
+def _ratios(
+    groups: Sequence[ChannelGroup], ranking: Ranking, strength: float, losses: Losses | None
+) -> dict[str, float]:
+    """Ratio of each group, at a share of all channels or, with losses, at a loss of AP that each may cost."""
+    if losses is not None:
+        return {group.name: bearable_ratio(losses[group.name], strength) for group in groups}
+    if ranking == "local":
+        return {group.name: strength for group in groups}
+    scopes: dict[str, list[ChannelGroup]] = {}
+    for group in groups:
+        scopes.setdefault(group.kind if ranking == "isomorphic" else "all", []).append(group)
+    return {group.name: ratio for scope in scopes.values() for group, ratio in _ranked_together(scope, strength)}
+
+
+def _ranked_together(groups: Sequence[ChannelGroup], share: float) -> list[tuple[ChannelGroup, float]]:
+    """Ratio of each group when a share of all their channels goes, the least important ones of all."""
+    removed = torch.cat([group.scores for group in groups]).argsort()[
+        : _removed(sum(g.channels for g in groups), share)
+    ]
+    owner = torch.repeat_interleave(torch.tensor([group.channels for group in groups]))
+    counts = owner[removed].bincount(minlength=len(groups)).tolist()
+    return [(group, count / group.channels) for group, count in zip(groups, counts, strict=True)]
+
+
+def _removed(channels: int, ratio: float) -> int:
+    return math.ceil(channels * ratio - 1e-6)  # 0.3 * 10 is a little more than 3
+
+
+def _plan(groups: Sequence[ChannelGroup], ratios: Mapping[str, float], settings: PruningSettings) -> Plan:
+    plan: Plan = []
+    for group in groups:
+        removed = group.channels - _left(group.channels, ratios[group.name], settings)
+        if removed:
+            plan.append((group.name, True, sorted(group.scores.argsort()[:removed].tolist())))
+    return plan
+
+
+def _left(channels: int, ratio: float, settings: PruningSettings) -> int:
+    """Channels that a layer is left with."""
+    removed, unit = _removed(channels, ratio), settings.round_to
+    wanted = (channels - removed) // unit * unit if removed else channels
+    least = max(settings.min_channels, channels - math.floor(channels * settings.max_ratio))
+    return min(channels, max(wanted, math.ceil(least / unit) * unit))
+
+
+def _cost_meter(
+    network: RetinaFace, target: PruningTarget, measure_speedup: Callable[[RetinaFace], float] | None
+) -> Callable[[RetinaFace], float]:
+    """A function that says which share of the network's cost a pruned one has."""
+    if target.speedup is not None:
+        assert measure_speedup is not None, "a target for the speed needs a way to measure it"
+        return lambda pruned: 1 / measure_speedup(pruned)
+    kind = 0 if target.params is not None else 1
+    whole = count_complexity(network)[kind]
+    return lambda pruned: count_complexity(pruned)[kind] / whole
+
+
+def _search(
+    network: RetinaFace,
+    groups: Sequence[ChannelGroup],
+    plan_at: Callable[[float], Plan],
+    cost: Callable[[RetinaFace], float],
+    target: PruningTarget,
+    most: float,
+) -> Plan:
+    """Bisects how much is removed until the share of the cost that is left is the target's.
+
+    Raises:
+        InputError: Even with all removed that may be, too much is left.
+    """
+    wanted = target.share
+    close = _CLOSE if target.speedup is None else _CLOSE_IN_TIME
+    seen: dict[str, tuple[float, Plan]] = {}
+
+    def share(plan: Plan) -> float:
+        key = json.dumps(plan)
+        if key not in seen:  # rounding makes many strengths the same
+            pruned = deepcopy(network)
+            apply_plan(pruned, plan)
+            seen[key] = cost(pruned), plan
+        return seen[key][0]
+
+    def bisect(plan_of: Callable[[float], Plan], low: float, high: float, precision: float) -> tuple[Plan, Plan]:
+        """The last plans that leave too much and enough."""
+        while high - low > precision and abs(share(nearest()) / wanted - 1) > close:
+            middle = (low + high) / 2
+            low, high = (middle, high) if share(plan_of(middle)) > wanted else (low, middle)
+        return plan_of(low), plan_of(high)
+
+    def nearest() -> Plan:
+        return min(seen.values(), key=lambda found: abs(found[0] / wanted - 1))[1]
+
+    smallest = share(plan_at(most))
+    if smallest > wanted * (1 + _TOLERANCE):
+        raise InputError(
+            f"pruning: target {_described(target, wanted)} cannot be reached: with all removed that may be, "
+            f"{_described(target, smallest)} is left; set a target that is nearer, a higher max_ratio, a lower "
+            "min_channels or round_to, or fewer modules in keep"
+        )
+    fewer, more = bisect(plan_at, 0.0, most, most * _PRECISION)
+    # Layers of equal width lose their next channels all at once: try some of them.
+    steps = _steps_between(groups, fewer, more)
+    bisect(lambda step: steps[int(step)], 0, len(steps) - 1, 1)
+    plan = nearest()
+    if abs(share(plan) / wanted - 1) > _TOLERANCE:
+        warnings.warn(
+            f"pruning: target {_described(target, wanted)} is missed: {_described(target, share(plan))} is the nearest "
+            "that was found; a lower round_to makes smaller steps",
+            stacklevel=3,
+        )
+    return plan
+
+
+def _steps_between(groups: Sequence[ChannelGroup], fewer: Plan, more: Plan) -> list[Plan]:
+    """From one plan to another, one group after the other, the least important channels first."""
+    before, after = ({name: indices for name, _, indices in plan} for plan in (fewer, more))
+    extra = {
+        group.name: group.scores[sorted(set(after[group.name]) - set(before.get(group.name, [])))].mean().item()
+        for group in groups
+        if after.get(group.name) != before.get(group.name)
+    }
+    steps = [fewer]
+    for changed in sorted(extra, key=extra.__getitem__):
+        before[changed] = after[changed]
+        steps.append([(group.name, True, before[group.name]) for group in groups if group.name in before])
+    return steps
+
+
+def _described(target: PruningTarget, share: float) -> str:
+    if target.speedup is not None:
+        return f"{{speedup: {1 / share:.2f}}}"
+    return f"{{{'macs' if target.params is None else 'params'}: {share:.3f}}}"
+
+
+def bearable_ratio(losses: Mapping[float, float], budget: float) -> float:
+    """Share of a group's channels that can go before more AP is lost than a budget.
+
+    Args:
+        losses: Ratio, above 0, to AP that was lost there; between the measured ratios it is taken to be linear.
+        budget: 0 or more.
+
+    Returns:
+        0 up to the largest ratio that was measured.
+    """
+    ratio, loss = 0.0, 0.0
+    for next_ratio, next_loss in sorted(losses.items()):
+        if next_loss > budget:
+            return ratio + (next_ratio - ratio) * (budget - loss) / (next_loss - loss)
+        ratio, loss = next_ratio, max(next_loss, 0.0)
+    return ratio
+
+
+def _losses_of(groups: Sequence[ChannelGroup], path: str) -> Losses:
+    """Reads a file of the sensitivity command.
+
+    Raises:
+        InputError: It cannot be read, or was not made for these groups.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        losses = {
+            group["name"]: {float(point["ratio"]): float(point["ap_loss"]) for point in group["points"]}
+            for group in content["groups"]
+        }
+        channels = {group["name"]: group["channels"] for group in content["groups"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: not a file of `python -m retinaface sensitivity` ({type(error).__name__}: {error}); make one "
+            "with it, --for pruning"
+        ) from error
+    for group in groups:
+        if channels.get(group.name) != group.channels:
+            raise InputError(
+                f"{path}: says nothing about {group.name} with {group.channels} channels, so it is of another network; "
+                "measure this one with `python -m retinaface sensitivity`"
+            )
+    return losses
 
 
 def apply_plan(network: RetinaFace, plan: Plan) -> None:
@@ -92,7 +355,7 @@ def apply_plan(network: RetinaFace, plan: Plan) -> None:
     """
     modules = dict(network.named_modules())
     training = network.training
-    graph = tp.DependencyGraph().build_dependency(network, _example())
+    graph = tp.DependencyGraph().build_dependency(network, example_input())
     for name, is_output, indices in plan:
         module = modules.get(name)
         width = _width(module, is_output)
@@ -126,15 +389,6 @@ def count_complexity(network: nn.Module, size: int = 640) -> tuple[int, int]:
         network(torch.zeros(1, 3, size, size))
     network.train(training)
     return sum(p.numel() for p in network.parameters()), counter.get_total_flops() // 2
-
-
-def _example() -> torch.Tensor:
-    return torch.zeros(1, 3, 64, 64)
-
-
-def _below(network: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
-    names = matching_modules(network, patterns, "pruning: keep")
-    return [module for name in names for module in network.get_submodule(name).modules()]
 
 
 def _width(module: nn.Module | None, is_output: bool) -> int:

@@ -11,8 +11,9 @@ from rich.table import Table
 from retinaface.compression.pruning import count_complexity
 from retinaface.compression.structure import load_structure
 from retinaface.evaluation.benchmark import Timing, benchmark, machine_facts
-from retinaface.evaluation.evaluate import Evaluation, evaluate
-from retinaface.evaluation.visualize import plot_precision_recall, plot_report
+from retinaface.evaluation.describe import describe, kept_channels
+from retinaface.evaluation.evaluate import SHOWN_SCORE, Evaluation, describe_data, evaluate, save_pictures
+from retinaface.evaluation.visualize import plot_kept_channels, plot_report
 from retinaface.evaluation.wider_ap import SUBSETS
 
 
@@ -24,7 +25,7 @@ def build_report(
     size: int = 640,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Measures every model of a run and writes ``report.json``, ``report.md``, ``report.png`` and the PR curves.
+    """Measures every model of a run and writes ``report.json``, ``report.md`` and their pictures.
 
     Accuracy is that of the ONNX files in ONNX Runtime on the validation photos; time is that of the same files in the
     same runtime, in turns.
@@ -57,7 +58,8 @@ def build_report(
         "data": {
             "root": str(root),
             "split": "val",
-            "photos": evaluations[teacher["name"]].photos,
+            "photos": len(evaluations[teacher["name"]].photos),
+            "official_photos": evaluations[teacher["name"]].official_photos,
             "faces": evaluations[teacher["name"]].faces,
         },
         "models": models,
@@ -69,10 +71,10 @@ def build_report(
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(report_markdown(report), encoding="utf-8")
     plot_report(models, folder / "report.png")
-    plot_precision_recall(
-        {name: evaluation.curves["all"] for name, evaluation in evaluations.items() if "all" in evaluation.curves},
-        folder / "precision_recall.png",
-    )
+    layers = describe(load_structure(checkpoints[final["name"]]), size).layers
+    plot_kept_channels(kept_channels(layers), folder / "kept_channels.png")
+    accuracies = {name: evaluation.accuracy for name, evaluation in evaluations.items()}
+    save_pictures(accuracies, evaluations[final["name"]].photos, folder)
     return report
 
 
@@ -82,7 +84,9 @@ def _model(
     params, macs = count_complexity(load_structure(checkpoint).build_float(), size)
     return {
         "name": name,
-        "ap": evaluation.ap,
+        "ap": evaluation.accuracy.ap,
+        "ap_by_size": evaluation.accuracy.ap_by_size,
+        "landmark_error": evaluation.landmark_error,
         "params": params,
         "macs": macs,
         "onnx_bytes": file.stat().st_size,
@@ -126,9 +130,7 @@ def report_rows(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def report_table(report: Mapping[str, Any]) -> Table:
     """The report's table for a terminal."""
-    table = Table(
-        title=escape(f"{report['recipe']}: {report['data']['photos']} photos, {report['data']['faces']} faces")
-    )
+    table = Table(title=escape(f"{report['recipe']}: {describe_data(report['data'])}"))
     headings, *rows = report_rows(report["models"])
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "model" else "right", overflow="fold")
@@ -159,10 +161,21 @@ def report_markdown(report: Mapping[str, Any]) -> str:
         "",
         "![Precision and recall](precision_recall.png)",
         "",
+        "![Average precision by face size](ap_by_size.png)",
+        "",
+        f"What pruning left of {final}, layer by layer (`python -m retinaface describe` says more):",
+        "",
+        "![Channels kept](kept_channels.png)",
+        "",
+        f"The photos with the most errors of {final} at a score of {SHOWN_SCORE}: found faces green, false alarms red, "
+        "missed faces orange, faces that do not count grey.",
+        "",
+        "![Worst photos](worst_photos.png)",
+        "",
         "## How it was measured",
         "",
-        f"- **Accuracy:** average precision at IoU 0.5 with the WIDER FACE protocol on the {data['photos']} validation "
-        f"photos ({data['faces']} valid faces) under `{data['root']}`, which this run did not train on; each photo at "
+        f"- **Accuracy:** average precision at IoU 0.5 with the WIDER FACE protocol on the validation photos "
+        f"({describe_data(data)}) under `{data['root']}`, which this run did not train on; each photo at "
         "its own size, score from 0.02, NMS at 0.4; every model as ONNX in ONNX Runtime. `all` counts every valid "
         "face; easy, medium and hard need the official `.mat` files.",
         f"- **Time:** {timing['rounds']} rounds at 1x3x{timing['size']}x{timing['size']}, the models in turns, ONNX "

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
+from retinaface.data.transforms import FACE, IGNORED
 from retinaface.evaluation.wider_ap import SUBSETS, Curve, area_under, judge_photo
 
 Image = NDArray[np.uint8]
@@ -86,6 +87,30 @@ def draw_judgement(image: Image, detections: ArrayLike, faces: ArrayLike, counte
     return picture
 
 
+def draw_training_batch(batch: Mapping[str, Any]) -> list[Image]:
+    """Draw what the network is shown and told: faces green with five coloured dots, ignored faces crossed out in grey.
+
+    Args:
+        batch: of :func:`retinaface.data.loading.collate_train`, on any device.
+
+    Returns:
+        A picture ``(S, S, 3)`` uint8 BGR per sample.
+    """
+    arrays = {key: batch[key].cpu().numpy() for key in ("images", "boxes", "landmarks", "has_landmarks", "labels")}
+    pictures = []
+    for image, boxes, landmarks, has_landmarks, labels in zip(*arrays.values(), strict=True):
+        picture: Image = np.ascontiguousarray(image.transpose(1, 2, 0))
+        thickness = max(1, len(picture) // 200)  # still to be seen on a sheet of many
+        for box in boxes[labels == IGNORED]:
+            _cross_out(picture, box, thickness)
+        for box in boxes[labels == FACE]:
+            cv2.rectangle(picture, _pixel(box[:2]), _pixel(box[2:]), GREEN, thickness)
+        for box, points in zip(boxes[has_landmarks], landmarks[has_landmarks], strict=True):
+            _dots(picture, box, points)
+        pictures.append(picture)
+    return pictures
+
+
 def contact_sheet(images: Sequence[Image], columns: int = 4, width: int = 1600) -> Image:
     """Put pictures of any sizes on one sheet, row by row.
 
@@ -117,22 +142,59 @@ def contact_sheet(images: Sequence[Image], columns: int = 4, width: int = 1600) 
     return sheet
 
 
-def plot_precision_recall(curves: Mapping[str, tuple[ArrayLike, ArrayLike]], path: Path) -> None:
-    """Plot precision against recall, one line per model, with the average precision in the legend.
+def plot_precision_recall(curves: Mapping[str, Mapping[str, Curve]], path: Path) -> None:
+    """Plot precision against recall: a panel per subset, a line per model, with the average precision in the legend.
 
     Args:
-        curves: model name to (recall, precision), such as a :class:`~retinaface.evaluation.wider_ap.Curve`.
+        curves: model name, the one to compare with (the teacher) first, to subset to curve; a subset that no model
+            has gets no panel.
         path: the file to write; its suffix chooses the format (.png, .svg, .pdf).
     """
-    figure = Figure(figsize=(6.4, 5), layout="constrained")
+    subsets = [name for name in SUBSETS if any(name in each for each in curves.values())]
+    figure = Figure(figsize=(1 + 4.6 * max(1, len(subsets)), 4.6), layout="constrained")
+    figure.suptitle("Precision and recall at IoU 0.5")
+    for axes, subset in zip(figure.subplots(1, max(1, len(subsets)), squeeze=False)[0], subsets, strict=False):
+        for index, ((name, each), colour) in enumerate(zip(curves.items(), _colours(len(curves)), strict=True)):
+            if subset in each:
+                curve = each[subset]
+                label = f"{name}: AP {area_under(curve):.3f}"
+                # The first is drawn wider, to be seen below the others.
+                axes.plot(curve.recall, curve.precision, label=label, color=colour, linewidth=2 if index else 4)
+        axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title=f"{subset} faces")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower left").set_in_layout(False)  # a long name must not squeeze the panel
+    _save(figure, path)
+
+
+def plot_ap_by_size(models: Mapping[str, Mapping[str, float | None]], path: Path, title: str = "") -> None:
+    """Plot average precision by face size, a group of bars per size class.
+
+    Args:
+        models: model name to size class to average precision, 0-1, or None where there is no such face.
+        path: the file to write; its suffix chooses the format (.png, .svg, .pdf).
+        title: what else to say above.
+    """
+    classes = list(dict.fromkeys(name for each in models.values() for name, ap in each.items() if ap is not None))
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
-    for (name, points), colour in zip(curves.items(), _colours(len(curves)), strict=True):
-        curve = Curve(np.asarray(points[0], float), np.asarray(points[1], float))
-        axes.plot(curve.recall, curve.precision, label=f"{name}: AP {area_under(curve):.3f}", color=colour, linewidth=2)
-    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title="Precision and recall at IoU 0.5")
-    axes.grid(alpha=0.3)
-    if curves:
-        axes.legend(loc="lower left")
+    width = 0.85 / max(1, len(models))
+    for index, ((name, each), colour) in enumerate(zip(models.items(), _colours(len(models)), strict=True)):
+        places = np.arange(len(classes)) + (index - (len(models) - 1) / 2) * width
+        values = [each.get(size) for size in classes]
+        bars = axes.bar(places, [value or 0 for value in values], width * 0.94, label=name, color=colour)
+        labels = ["-" if value is None else f"{value:.2f}" for value in values]
+        axes.bar_label(bars, labels=labels, padding=2, fontsize=8)
+    axes.set_xticks(range(len(classes)), classes)
+    axes.set(
+        xlabel="shorter side of the face, pixels of the photo",
+        ylabel="average precision",
+        ylim=(0, 1.25),
+        yticks=np.linspace(0, 1, 6),
+    )
+    axes.set_title(f"Average precision at IoU 0.5 by face size{title and f', {title}'}")
+    if models:
+        axes.legend(loc="upper left", ncols=len(models))
+    _tidy(axes)
     _save(figure, path)
 
 
@@ -164,6 +226,81 @@ def plot_report(models: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.set(title=title, ylabel=unit)
         axes.margins(y=0.2)
         _tidy(axes)
+    _save(figure, path)
+
+
+def plot_face_sizes(short_sides: Mapping[str, ArrayLike], path: Path, smallest_anchor: float) -> None:
+    """Plot how large the faces are: their share by shorter side, one outline per split.
+
+    Args:
+        short_sides: split to shorter sides in pixels, each above 0.
+        path: the file to write; its suffix chooses the format (.png, .svg, .pdf).
+        smallest_anchor: side in pixels of the smallest anchor, where a line is drawn: well below it faces are hard
+            to match.
+    """
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    # Two per doubling, 1 to 2048 pixels: finer ones would hold now more, now fewer of the whole numbers that sides are.
+    bins = 2.0 ** np.arange(0, 11.5, 0.5)
+    for (split, values), colour in zip(short_sides.items(), _BAR_COLOURS[2:], strict=False):
+        sides = np.asarray(values, float).clip(bins[0], bins[-1])
+        share = np.histogram(sides, bins)[0] / max(len(sides), 1)
+        axes.stairs(share, bins, label=f"{split}: {len(sides):,} faces", color=colour, linewidth=2)
+    axes.axvline(smallest_anchor, color="black", linestyle="--", label=f"smallest anchor, {smallest_anchor:g} px")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set(xlabel="shorter side of the face, pixels of the photo", ylabel="share of faces", title="Face sizes")
+    axes.legend()
+    _tidy(axes)
+    _save(figure, path)
+
+
+def plot_kept_channels(layers: Mapping[str, tuple[int, int]], path: Path) -> None:
+    """Plot the share of its channels that pruning left in every layer.
+
+    Args:
+        layers: layer name to output channels before and after.
+        path: the file to write; its suffix chooses the format (.png, .svg, .pdf).
+    """
+    figure = Figure(figsize=(8, 1.2 + 0.19 * len(layers)), layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(layers))
+    shares = [after / before for before, after in layers.values()]
+    axes.barh(places, np.ones(len(layers)), color=_BAR_COLOURS[0], alpha=0.4)
+    bars = axes.barh(places, shares, color=_BAR_COLOURS[2])
+    axes.bar_label(bars, [f"{after} of {before}" for before, after in layers.values()], padding=3, fontsize=7)
+    axes.set_yticks(places, [*layers], fontsize=7)
+    axes.set(xlabel="share of the output channels", title="Channels kept", xlim=(0, 1.15))
+    axes.set_xticks(np.linspace(0, 1, 6))
+    axes.set_ylim(len(layers) - 0.4, -0.6)  # the first layer on top
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def plot_sensitivity(groups: Mapping[str, Mapping[float, tuple[float, float]]], path: Path) -> None:
+    """Plot what pruning one group of channels costs and brings: a row per group, a column per ratio.
+
+    Args:
+        groups: group to ratio of its channels to the loss of average precision and the speed-up; all with the same
+            ratios.
+        path: the file to write; its suffix chooses the format (.png, .svg, .pdf).
+    """
+    ratios = [f"{ratio:.0%}" for ratio in next(iter(groups.values()), {})]
+    values = np.array([[*points.values()] for points in groups.values()], float).reshape(len(groups), len(ratios), 2)
+    figure = Figure(figsize=(9, 1.4 + 0.21 * len(groups)), layout="constrained")
+    panels = (("loss of AP", "YlOrRd", "{:+.3f}"), ("speed-up", "YlGn", "{:.2f}x"))
+    for index, (axes, (title, colours, style)) in enumerate(
+        zip(figure.subplots(1, 2, sharey=True), panels, strict=True)
+    ):
+        shown = values[..., index]
+        axes.imshow(shown, cmap=colours, aspect="auto", vmin=index)  # no loss, and a speed-up of 1, are white
+        for (row, column), value in np.ndenumerate(shown):
+            axes.text(column, row, style.format(value), ha="center", va="center", fontsize=7)
+        axes.set_xticks(range(len(ratios)), ratios)
+        axes.set(title=title, xlabel="share of the channels removed")
+        axes.set_yticks(range(len(groups)), [*groups], fontsize=7)
     _save(figure, path)
 
 
@@ -224,6 +361,13 @@ def _pixel(point: Iterable[float]) -> tuple[int, int]:
 
 def _rectangle(image: Image, box: NDArray[np.float64], colour: Colour) -> None:
     cv2.rectangle(image, _pixel(box[:2]), _pixel(box[2:]), colour, _thickness(image))
+
+
+def _cross_out(image: Image, box: NDArray[np.float64], thickness: int) -> None:
+    (left, top), (right, bottom) = _pixel(box[:2]), _pixel(box[2:])
+    cv2.rectangle(image, (left, top), (right, bottom), GREY, thickness)
+    cv2.line(image, (left, top), (right, bottom), GREY, thickness)
+    cv2.line(image, (left, bottom), (right, top), GREY, thickness)
 
 
 def _dots(image: Image, box: NDArray[np.float64], points: NDArray[np.float64]) -> None:

@@ -21,6 +21,7 @@ Boxes are xyxy in pixels throughout. The functions take one array per photo:
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,10 +32,14 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from retinaface.data.annotations import DIFFICULTIES, Difficulty, read_difficulty
+from retinaface.data.check import SIZE_EDGES
 from retinaface.errors import InputError
 
 THRESHOLDS: NDArray[np.float64] = 1 - (np.arange(1000) + 1) / 1000
 SUBSETS = ("all", *DIFFICULTIES)
+
+SIZE_CLASSES = (f"<{SIZE_EDGES[0]}", *(f"{low}-{high}" for low, high in pairwise(SIZE_EDGES)), f">={SIZE_EDGES[-1]}")
+"""Faces by the shorter side of their box in pixels of the photo, as ``check-data`` counts them."""
 
 _log = logging.getLogger(__name__)
 
@@ -59,11 +64,13 @@ class _Matches:
         scores: ``(T,)`` float64, normalised to 0–1.
         photos: ``(T,)`` int64, the photo that the detection was made on.
         faces: ``(T,)`` int64, the face (numbered through all photos) that the detection belongs to, or -1.
+        sizes: ``(T,)`` int64, the detection's place in ``SIZE_CLASSES``.
     """
 
     scores: NDArray[np.float64]
     photos: NDArray[np.int64]
     faces: NDArray[np.int64]
+    sizes: NDArray[np.int64]
 
 
 def precision_recall(
@@ -145,8 +152,53 @@ def subset_curves(
             _mask(photo.get(subset, np.zeros(len(rows), bool)), len(rows))
             for photo, rows in zip(counted, face_rows, strict=True)
         ]
-        curves[subset] = _curve(matches, takes_part, np.concatenate(masks))
+        curves[subset] = _curve(matches, takes_part[matches.photos], np.concatenate(masks))
     return curves
+
+
+def size_curves(
+    detections: Sequence[ArrayLike],
+    faces: Sequence[ArrayLike],
+    counted: Sequence[ArrayLike],
+    iou_threshold: float = 0.5,
+) -> dict[str, Curve]:
+    """Compute the precision-recall curves of faces of similar size.
+
+    In the curve of a size class the faces of other sizes do not count, as in the protocol; and a detection that
+    belongs to no face is a false alarm in the class of its own size only, as in COCO's evaluation by area (in the
+    protocol itself it would be one in every class, and rare sizes would drown in those of the frequent).
+
+    Args:
+        detections: per photo ``(N, 5)``, xyxy and score.
+        faces: per photo ``(M, 4)``, every annotated face.
+        counted: per photo ``(M,)`` bool, which faces count.
+        iou_threshold: the smallest overlap at which a detection belongs to a face.
+
+    Returns:
+        Name in ``SIZE_CLASSES`` to curve, for the classes that hold a counted face, in that order.
+
+    Raises:
+        ValueError: the three lists differ in length, shapes do not fit, or a score is not finite.
+    """
+    if not len(detections) == len(faces) == len(counted):
+        raise ValueError(f"photos differ: {len(detections)} detections, {len(faces)} faces, {len(counted)} counted")
+    face_rows = [_rows(boxes, 4, "faces") for boxes in faces]
+    matches = _match([_by_score(rows) for rows in detections], face_rows, iou_threshold)
+    every = np.concatenate([np.empty((0, 4)), *face_rows])
+    masks = [_mask(mask, len(rows)) for mask, rows in zip(counted, face_rows, strict=True)]
+    mask = np.concatenate([np.empty(0, bool), *masks])
+    face_sizes = _size_class(every)
+    return {
+        name: _curve(matches, (matches.faces >= 0) | (matches.sizes == index), mask & (face_sizes == index))
+        for index, name in enumerate(SIZE_CLASSES)
+        if (mask & (face_sizes == index)).any()
+    }
+
+
+def _size_class(boxes: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Places in ``SIZE_CLASSES`` of ``(N, 4)`` xyxy boxes."""
+    classes: NDArray[np.int64] = np.digitize((boxes[:, 2:4] - boxes[:, :2]).min(axis=1), SIZE_EDGES)
+    return classes
 
 
 def area_under(curve: Curve) -> float:
@@ -173,11 +225,13 @@ class Judgement(NamedTuple):
         found: ``(N,)`` bool, detections that find a counted face.
         false_alarms: ``(N,)`` bool, detections of nothing, or of a face that a better-scored one has found.
         missed: ``(M,)`` bool, counted faces that no detection finds.
+        owners: ``(N,)`` int64, the face that a detection belongs to, or -1.
     """
 
     found: NDArray[np.bool_]
     false_alarms: NDArray[np.bool_]
     missed: NDArray[np.bool_]
+    owners: NDArray[np.int64]
 
 
 def judge_photo(detections: ArrayLike, faces: ArrayLike, counted: ArrayLike, iou_threshold: float = 0.5) -> Judgement:
@@ -199,13 +253,12 @@ def judge_photo(detections: ArrayLike, faces: ArrayLike, counted: ArrayLike, iou
     rows, boxes = _rows(detections, 5, "detections"), _rows(faces, 4, "faces")
     mask = _mask(counted, len(boxes))
     order = np.argsort(-rows[:, 4], kind="stable")
-    owners = _owners(rows[order], boxes, iou_threshold) if len(boxes) else np.full(len(rows), -1)
-    judged_by_score, found_by_score = _judge(owners, mask)
+    owners = _owners(rows, boxes, iou_threshold) if len(boxes) else np.full(len(rows), -1)
     found, judged = np.empty(len(rows), bool), np.empty(len(rows), bool)
-    found[order], judged[order] = found_by_score, judged_by_score
+    judged[order], found[order] = _judge(owners[order], mask)
     missed = mask.copy()
-    missed[owners[found_by_score]] = False
-    return Judgement(found, judged & ~found, missed)
+    missed[owners[found]] = False
+    return Judgement(found, judged & ~found, missed, owners)
 
 
 def _match(
@@ -214,7 +267,7 @@ def _match(
     """Assign every detection (sorted by score within its photo) to the face that it overlaps most."""
     scores = _normalised([rows[:, 4] for rows in detections])
     first_face = np.cumsum([0, *(len(rows) for rows in faces)])
-    photos, owners, kept_scores = [], [], []
+    photos, owners, kept_scores, sizes = [], [], [], []
     for photo, (rows, boxes) in enumerate(zip(detections, faces, strict=True)):
         if len(rows) == 0 or len(boxes) == 0:
             continue
@@ -222,10 +275,12 @@ def _match(
         owners.append(np.where(best >= 0, best + first_face[photo], -1))
         photos.append(np.full(len(rows), photo))
         kept_scores.append(scores[photo])
+        sizes.append(_size_class(rows))
     return _Matches(
         np.concatenate([np.empty(0), *kept_scores]),
         np.concatenate([np.empty(0, np.int64), *photos]),
         np.concatenate([np.empty(0, np.int64), *owners]),
+        np.concatenate([np.empty(0, np.int64), *sizes]),
     )
 
 
@@ -237,14 +292,14 @@ def _owners(detections: NDArray[np.float64], faces: NDArray[np.float64], iou_thr
 
 
 def _curve(matches: _Matches, takes_part: NDArray[np.bool_], counted: NDArray[np.bool_]) -> Curve:
-    """Count found faces and judged detections at every threshold.
+    """Count found faces and judged detections (of those that take part) at every threshold.
 
     The reference evaluator walks through thresholds, photos and detections. Only sums over photos are used in the
     end, so it is enough to know of each detection whether it is judged and whether it finds a face, and to count the
     scores that reach each threshold.
     """
     judged, found = _judge(matches.faces, counted)
-    judged &= takes_part[matches.photos]
+    judged &= takes_part
     found &= judged
     n_judged = _reaching_thresholds(matches.scores[judged])
     n_found = _reaching_thresholds(matches.scores[found])
@@ -396,7 +451,9 @@ def write_predictions(folder: Path, name: str, boxes: ArrayLike, scores: ArrayLi
     return file
 
 
-def evaluate_predictions(predictions: Path, ground_truth: Path, iou_threshold: float = 0.5) -> dict[str, float]:
+def evaluate_predictions(
+    predictions: Path, ground_truth: Path, iou_threshold: float = 0.5, skip_missing: bool = False
+) -> dict[str, float]:
     """Evaluate a folder of result files against the official WIDER FACE ground truth.
 
     Events without any result file are left out, so that a part of the photos can be evaluated; a warning is logged
@@ -407,12 +464,14 @@ def evaluate_predictions(predictions: Path, ground_truth: Path, iou_threshold: f
         predictions: holds ``<event>/<image>.txt`` in the WIDER FACE result format.
         ground_truth: holds ``wider_face_val.mat`` and ``wider_{easy,medium,hard}_val.mat``.
         iou_threshold: the smallest overlap at which a detection belongs to a face.
+        skip_missing: leave out the photos of an evaluated event that have no result file, with a warning.
 
     Returns:
         ``easy``, ``medium`` and ``hard`` to average precision, 0–1.
 
     Raises:
-        InputError: a folder or file is missing or malformed, or photos of an evaluated event have no result file.
+        InputError: a folder or file is missing or malformed; or, without ``skip_missing``, photos of an evaluated
+            event have no result file.
     """
     detections = read_predictions(predictions)
     truth = read_difficulty(ground_truth)
@@ -422,10 +481,13 @@ def evaluate_predictions(predictions: Path, ground_truth: Path, iou_threshold: f
         raise InputError(f"{predictions}: none of its folders is a WIDER FACE event, such as {min(known_events)}")
     missing = sorted(name for name in truth if _event(name) in events and name not in detections)
     if missing:
-        raise InputError(
+        lack = (
             f"{predictions}: {len(missing)} photos have no result file ({', '.join(missing[:3])}"
-            f"{', …' if len(missing) > 3 else ''}); write one, with a count of 0 where nothing was found"
+            f"{', …' if len(missing) > 3 else ''})"
         )
+        if not skip_missing:
+            raise InputError(f"{lack}; write one, with a count of 0 where nothing was found, or skip what is missing")
+        _log.warning("%s; they are left out", lack)
     if len(events) < len(known_events):
         _log.warning(
             "%s: %d of %d events have no result files and are left out, such as %s",
@@ -444,6 +506,22 @@ def evaluate_predictions(predictions: Path, ground_truth: Path, iou_threshold: f
 
 def _event(name: str) -> str:
     return name.split("/", maxsplit=1)[0]
+
+
+class PhotosSeen(NamedTuple):
+    """Photos as arrays, as the functions above take them.
+
+    Attributes:
+        image_ids: the photos' numbers.
+        detections: per photo ``(N, 5)`` float32, xyxy and score.
+        faces: per photo ``(M, 4)`` float32, every annotated face.
+        counted: per photo, subset name to ``(M,)`` bool, which of its faces count.
+    """
+
+    image_ids: list[int]
+    detections: list[NDArray[np.float32]]
+    faces: list[NDArray[np.float32]]
+    counted: list[dict[str, NDArray[np.bool_]]]
 
 
 class WiderFaceAP(torchmetrics.Metric):
@@ -509,24 +587,39 @@ class WiderFaceAP(torchmetrics.Metric):
             self._append("faces", boxes.reshape(-1, 4))
             self._append("counted", torch.stack(columns, dim=1))
 
+    def photos_seen(self) -> PhotosSeen:
+        """The photos so far, of this process; of all, within ``sync_context()``.
+
+        Returns:
+            Every photo once, in order of its number.
+        """
+        photos = self._joined("photos").cpu().numpy()
+        image_ids, once = np.unique(photos[:, 0], return_index=True)
+        detections = _split(self._joined("detections"), photos[:, 1])
+        faces = _split(self._joined("faces"), photos[:, 2])
+        masks = _split(self._joined("counted"), photos[:, 2])
+        return PhotosSeen(
+            image_ids.tolist(),
+            [detections[i] for i in once],
+            [faces[i] for i in once],
+            [
+                {
+                    subset: masks[i][:, column].astype(bool)
+                    for column, subset in enumerate(SUBSETS)
+                    if photos[i, 3 + column]
+                }
+                for i in once
+            ],
+        )
+
     def compute(self) -> dict[str, Tensor]:
         """Compute the average precision of every subset that a photo came with.
 
         Returns:
             Subset name to a float32 scalar: 0 without detections, NaN where no face of the subset counts.
         """
-        photos = self._joined("photos").cpu().numpy()
-        _, once = np.unique(photos[:, 0], return_index=True)
-        detections = _split(self._joined("detections"), photos[:, 1])
-        faces = _split(self._joined("faces"), photos[:, 2])
-        masks = _split(self._joined("counted"), photos[:, 2])
-        counted = [
-            {subset: masks[i][:, column] for column, subset in enumerate(SUBSETS) if photos[i, 3 + column]}
-            for i in once
-        ]
-        curves = subset_curves(
-            [detections[i] for i in once], [faces[i] for i in once], counted, iou_threshold=self.iou_threshold
-        )
+        seen = self.photos_seen()
+        curves = subset_curves(seen.detections, seen.faces, seen.counted, self.iou_threshold)
         return {
             subset: torch.tensor(area_under(curves[subset]), dtype=torch.float32, device=self.device)
             for subset in SUBSETS

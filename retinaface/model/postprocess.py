@@ -2,12 +2,15 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
-from torchvision.ops import batched_nms  # type: ignore[import-untyped]
+from torchvision.ops import nms  # type: ignore[import-untyped]
 
 from retinaface.model.anchors import make_anchors, picture_size
 from retinaface.model.boxes import decode_boxes, decode_landmarks
 from retinaface.model.network import NetworkConfig, Outputs
+
+_PIECE = 750
 
 
 class Detections(NamedTuple):
@@ -51,21 +54,41 @@ def postprocess(
     height, width = image_size
     device = class_logits.device
     anchors = make_anchors(height, width, config.anchor_sizes, config.strides, device)
-    scores = class_logits.float().softmax(dim=-1)[..., 1]
-
-    # Filter before decoding: of tens of thousands of anchors a few hundred are left.
-    candidates = min(top_k, scores.shape[1])
-    best, anchor_index = scores.topk(candidates, dim=1)
-    picture, rank = (best >= score_threshold).nonzero(as_tuple=True)
-    anchor_index = anchor_index[picture, rank]
-    scores = best[picture, rank]
-    chosen = anchors[anchor_index]
     scale = picture_size(height, width, device)
-    boxes = decode_boxes(box_deltas[picture, anchor_index].float(), chosen) * scale.repeat(2)
-    landmarks = decode_landmarks(landmark_deltas[picture, anchor_index].float(), chosen) * scale
+    # The softmax of two logits is the sigmoid of their difference.
+    scores = (class_logits[..., 1].float() - class_logits[..., 0].float()).sigmoid()
+    found = []
+    for picture, picture_scores in enumerate(scores):
+        # Filter before decoding: of tens of thousands of anchors a few hundred are left, and of these fewer faces.
+        candidates = (picture_scores >= score_threshold).nonzero()[:, 0]
+        best, order = picture_scores[candidates].topk(min(top_k, len(candidates)))
+        candidates = candidates[order]
+        boxes = decode_boxes(box_deltas[picture, candidates].float(), anchors[candidates]) * scale.repeat(2)
+        kept = suppress(boxes, best, nms_threshold, keep)
+        faces = candidates[kept]
+        landmarks = decode_landmarks(landmark_deltas[picture, faces].float(), anchors[faces]) * scale
+        found.append(Detections(boxes[kept], best[kept], landmarks))
+    return found
 
-    kept = batched_nms(boxes, scores, picture, nms_threshold)  # best first over the whole batch
-    return [
-        Detections(boxes[index], scores[index], landmarks[index])
-        for index in (kept[picture[kept] == b][:keep] for b in range(class_logits.shape[0]))
-    ]
+
+def suppress(boxes: Tensor, scores: Tensor, nms_threshold: float, keep: int) -> Tensor:
+    """Drops the boxes that overlap a better one too much (non-maximum suppression), until enough are kept.
+
+    Args:
+        boxes: ``(N, 4)`` float32 xyxy, best first.
+        scores: ``(N,)`` float32, falling.
+        nms_threshold: Of two boxes with a higher IoU the later one is dropped.
+        keep: Boxes that are returned at most.
+
+    Returns:
+        ``(K,)`` int64 indices of the kept boxes, best first: the first ``keep`` of ``torchvision.ops.nms``.
+    """
+    # The time grows with kept boxes times candidates, and what is kept does not depend on what is worse. So take the
+    # candidates in pieces and stop when there are enough: for 750 of 3000 to 4000 this halves the time on the CPU.
+    kept = torch.empty(0, dtype=torch.int64, device=boxes.device)
+    for piece in torch.arange(len(boxes), device=boxes.device).split(_PIECE):
+        rivals = torch.cat([kept, piece])
+        kept = rivals[nms(boxes[rivals], scores[rivals], nms_threshold)]
+        if len(kept) >= keep:
+            break
+    return kept[:keep]

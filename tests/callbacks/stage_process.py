@@ -32,7 +32,7 @@ class SaveEveryRank(L.Callback):
         self.before = {name: value.clone() for name, value in pl_module.network.state_dict().items()}
 
     def on_validation_epoch_end(self, trainer, pl_module) -> None:
-        self.seen = [int(row[0, 0]) for row in pl_module.val_ap.photos]
+        self.seen = pl_module.val_ap.photos_seen().image_ids
 
     def on_fit_end(self, trainer, pl_module) -> None:
         content = {

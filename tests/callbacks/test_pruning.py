@@ -1,12 +1,20 @@
+import csv
+from contextlib import contextmanager
+from copy import deepcopy
+
+import cv2
 import lightning as L
 import pytest
 import torch
 
 from callbacks import ChannelPruning
+from datamodules import WiderFaceDataModule
 from lightning_modules import CompressionModule, RetinaFaceModule
+from retinaface.compression.channel_groups import loss_gradients
+from retinaface.compression.pruning import PruningSettings, PruningTarget, apply_plan, count_complexity, make_plan
 from retinaface.compression.structure import load_network
 from retinaface.errors import InputError
-from retinaface.model.network import NetworkConfig
+from retinaface.model.network import NetworkConfig, normalize
 
 
 def test_student_is_smaller_and_trained(pruned_run, tiny_checkpoint):
@@ -16,7 +24,7 @@ def test_student_is_smaller_and_trained(pruned_run, tiny_checkpoint):
     assert module.structure.plans
     assert module.structure.network.activation == "relu"
     untrained = CompressionModule(str(tiny_checkpoint), activation="relu")
-    ChannelPruning(ratio=0.4).setup(trainer(), untrained, "fit")
+    ChannelPruning(ratio=0.4, recalibrate=0).setup(trainer(), untrained, "fit")
     changed = [
         name
         for (name, new), old in zip(module.network.named_parameters(), untrained.network.parameters(), strict=True)
@@ -31,23 +39,132 @@ def test_batch_statistics_move_while_fine_tuning(pruned_run):
     assert all(module.training for module in pruned_run.cli.model.network.modules())
 
 
+def test_what_was_removed_is_drawn_and_logged(pruned_run, tiny_checkpoint):
+    assert cv2.imread(str(pruned_run.folder / "kept_channels.png")).std() > 10
+    with next(pruned_run.folder.rglob("metrics.csv")).open() as file:
+        first = next(csv.DictReader(file))
+    params, macs = count_complexity(load_network(tiny_checkpoint)[0])
+    left = count_complexity(pruned_run.cli.model.network)
+    logged = [int(float(first[f"pruning/{name}"])) for name in ("params_before", "macs_before", "params", "macs")]
+    assert logged == [params, macs, *left]
+
+
 def test_killed_and_resumed_run_ends_like_an_uninterrupted_one(pruned_run, tmp_path, check_resume):
     check_resume(pruned_run, tmp_path)
 
 
+def test_nothing_is_chosen_anew_when_a_fit_goes_on(pruned_run, tmp_path, run_stage, monkeypatch):
+    monkeypatch.setattr("callbacks.pruning.make_plan", None)
+    monkeypatch.setattr("callbacks.export.export_onnx", lambda network, path: None)
+    cli = run_stage(pruned_run.arguments, tmp_path, f"--ckpt_path={pruned_run.checkpoint}", "--trainer.max_epochs=4")
+    assert cli.trainer.global_step == 8
+    assert cli.model.structure.plans == pruned_run.cli.model.structure.plans
+    assert not (tmp_path / "kept_channels.png").exists()  # the one of the first start stays right
+
+
 def test_two_processes_end_with_the_same_trained_parameters(pruned_run, tmp_path, check_two_processes):
-    check_two_processes(pruned_run.arguments, tmp_path)
+    check_two_processes([*pruned_run.arguments, "--trainer.callbacks.init_args.recalibrate=20"], tmp_path)
 
 
-def trainer() -> L.Trainer:
-    return L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+def trainer(datamodule: L.LightningDataModule | None = None) -> L.Trainer:
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    if datamodule is not None:
+        datamodule.setup("fit")
+        trainer.datamodule = datamodule
+    return trainer
 
 
-def test_same_network_is_pruned_twice_in_two_stages(tiny_checkpoint):
-    module = CompressionModule(str(tiny_checkpoint))
+@pytest.fixture
+def data(tiny_root) -> WiderFaceDataModule:
+    return WiderFaceDataModule(tiny_root, train_size=64, batch_size=4, num_workers=0)
+
+
+@pytest.fixture
+def module(tiny_checkpoint) -> CompressionModule:
+    return CompressionModule(str(tiny_checkpoint))
+
+
+def test_batch_statistics_are_those_of_the_pruned_network(module, data):
+    before = deepcopy(module.network)
+    ChannelPruning(recalibrate=1).setup(trainer(data), module, "fit")
+    batch = next(iter(data.train_dataloader()))
+    values = []
+    norm = module.network.backbone.stage1[0][1]
+    hook = norm.register_forward_hook(lambda _, inputs, output: values.append(inputs[0]))
+    with torch.no_grad():
+        module.network(normalize(batch["images"]))
+    hook.remove()
+    expected = values[0].mean((0, 2, 3))
+    untouched = deepcopy(before)
+    apply_plan(untouched, module.structure.plans[0])
+    recalibrated = dict(module.network.named_parameters())
+    assert all(torch.equal(recalibrated[name], value) for name, value in untouched.named_parameters())
+    # The hook ran in training mode, whose own update has to be undone: 0.1 of the way to what was there already.
+    assert torch.allclose(norm.running_mean, expected, atol=1e-3)
+    assert not torch.allclose(untouched.backbone.stage1[0][1].running_mean, expected, atol=1e-1)
+    assert norm.momentum == 0.1
+
+
+def test_taylor_looks_at_training_batches(module, data):
+    network = deepcopy(module.network).eval()
+    batches = list(data.train_dataloader() if data.setup("fit") is None else [])
+    losses = (module.task_loss(network(normalize(batch["images"])), batch).total for batch in batches)
+    settings = PruningSettings(importance="taylor", ranking="global")
+    expected = make_plan(network, settings, loss_gradients(network, losses))
+    ChannelPruning(importance="taylor", ranking="global", taylor_batches=9).setup(trainer(data), module, "fit")
+    assert module.structure.plans == [expected]
+    assert expected != make_plan(network, PruningSettings(ranking="global"))
+    assert all(parameter.grad is None for parameter in module.network.parameters())
+
+
+def test_what_needs_batches_needs_a_data_module(module):
+    for callback in (ChannelPruning(), ChannelPruning(importance="taylor", recalibrate=0)):
+        with pytest.raises(InputError, match=r"need a data module.*recalibrate to 0"):
+            callback.setup(trainer(), module, "fit")
+
+
+def test_target_from_the_command_line(tiny_checkpoint, tmp_path, run_stage, pruned_run, monkeypatch):
+    monkeypatch.setattr("callbacks.export.export_onnx", lambda network, path: None)
+    options = [
+        "--trainer.callbacks.init_args.target.macs=0.5",
+        "--trainer.callbacks.init_args.ratios={backbone.stage3: 0.5}",
+        "--trainer.callbacks.init_args.round_to=4",
+        "--trainer.max_epochs=1",
+    ]
+    module = run_stage(pruned_run.arguments, tmp_path, *options).model
+    whole = count_complexity(load_network(tiny_checkpoint)[0], 64)[1]
+    assert count_complexity(module.network, 64)[1] / whole == pytest.approx(0.5, rel=0.05)
+    assert module.network.backbone.stage3[1][3].out_channels == 128
+
+
+class FakeTiming:
+    def __init__(self, ratio):
+        self.median_ms = 10 / ratio
+        self.ratio = ratio
+
+
+def test_target_for_the_speed_is_measured(module, monkeypatch):
+    whole = count_complexity(module.network, 64)[1]
+    given = []
+
+    @contextmanager
+    def meter(original, size, threads):
+        given.append((count_complexity(original, 64)[1], size, threads))
+        yield lambda network: (FakeTiming(1.0), FakeTiming(whole / count_complexity(network, 64)[1]))
+
+    monkeypatch.setattr("callbacks.pruning.speedup_meter", meter)
+    callback = ChannelPruning(target=PruningTarget(speedup=1.5), recalibrate=0, size=96, threads=1)
+    callback.setup(trainer(), module, "fit")
+    assert given == [(whole, 96, 1)]
+    assert whole / count_complexity(module.network, 64)[1] == pytest.approx(1.5, rel=0.05)
+    figures = callback._change.figures()
+    assert figures["speedup"] == pytest.approx(figures["ms_before"] / figures["ms"])
+
+
+def test_same_network_is_pruned_twice_in_two_stages(module):
     widths = []
     for _ in range(2):
-        ChannelPruning(ratio=0.3).setup(trainer(), module, "fit")
+        ChannelPruning(ratio=0.3, recalibrate=0).setup(trainer(), module, "fit")
         widths.append(sum(p.numel() for p in module.network.parameters()))
     assert widths[1] < widths[0]
     assert len(module.structure.plans) == 2
@@ -55,8 +172,7 @@ def test_same_network_is_pruned_twice_in_two_stages(tiny_checkpoint):
     assert [p.shape for p in rebuilt.parameters()] == [p.shape for p in module.network.parameters()]
 
 
-def test_only_a_fit_prunes(tiny_checkpoint):
-    module = CompressionModule(str(tiny_checkpoint))
+def test_only_a_fit_prunes(module):
     for stage in ("validate", "test", "predict"):
         ChannelPruning().setup(trainer(), module, stage)
     assert module.structure.plans == []
@@ -78,10 +194,19 @@ def test_refuses_to_resume_from_a_quantized_checkpoint(pruned_run, quantized_run
 
 def test_refuses_to_resume_from_another_stage():
     module = RetinaFaceModule(NetworkConfig(channels=16))
-    with pytest.raises(InputError, match="not of a pruning stage"):
+    with pytest.raises(InputError, match="not of this pruning stage"):
         ChannelPruning().on_fit_start(trainer(), module)
 
 
-def test_bad_settings_are_named():
-    with pytest.raises(InputError, match=r"ratio is 1\.5"):
-        ChannelPruning(ratio=1.5)
+def test_a_second_pruning_refuses_to_resume_from_the_first(pruned_run, tmp_path, run_stage, capsys):
+    arguments = [f"--model.init_args.student={pruned_run.checkpoint}", f"--ckpt_path={pruned_run.checkpoint}"]
+    with pytest.raises(SystemExit):
+        run_stage(pruned_run.arguments, tmp_path, *arguments)
+    assert "not of this pruning stage" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("setting", [{"ratio": 1.5}, {"recalibrate": -1}, {"taylor_batches": 0}, {"size": 10}], ids=str)
+def test_bad_settings_are_named(setting):
+    (name,) = setting
+    with pytest.raises(InputError, match=rf"{name} is -?\d"):
+        ChannelPruning(**setting)

@@ -6,18 +6,29 @@ from rich.console import Console
 
 from retinaface.delivery.export import export_onnx
 from retinaface.evaluation import report as module
-from retinaface.evaluation.evaluate import Evaluation
+from retinaface.evaluation.evaluate import Accuracy, Evaluation, Photo
 from retinaface.evaluation.report import build_report, report_markdown, report_rows, report_table
-from retinaface.evaluation.wider_ap import Curve
+from retinaface.evaluation.wider_ap import SIZE_CLASSES, Curve
 
 NAMES = ("teacher", "pruned", "int8")
 
 
-def evaluation(ap):
+def evaluation(ap, root):
     curve = Curve(np.linspace(0, 1, 5), np.ones(5))
     known = {"easy": None, "medium": None, "hard": None}
-    curves = {} if ap is None else {"all": curve}
-    return Evaluation({"all": ap, **known}, curves, photos=5, faces=9, images_per_second=1.0, runtime="onnxruntime")
+    accuracy = Accuracy({"all": ap, **known}, dict.fromkeys(SIZE_CLASSES, ap), {} if ap is None else {"all": curve})
+    photo = next((root / "WIDER_val").rglob("*.jpg"))
+    return Evaluation(
+        accuracy,
+        landmark_error=0.1,
+        landmark_faces=9,
+        photos=[Photo(photo, "a/b", np.empty((0, 5)), np.empty((0, 4)), {"all": np.empty(0, bool)})] * 5,
+        official_photos=7,
+        faces=9,
+        images_per_second=1.0,
+        runtime="onnxruntime",
+        protocol="original",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +46,7 @@ def build(files, tiny_checkpoint, tiny_root, monkeypatch):
     """Builds a report of models with given AP."""
 
     def call(*ap):
-        answers = iter(map(evaluation, ap))
+        answers = iter([evaluation(each, tiny_root) for each in ap])
         monkeypatch.setattr(module, "evaluate", lambda model, root: next(answers))
         checkpoints = dict.fromkeys(NAMES[: len(ap)], tiny_checkpoint)
         result = build_report(files, "demo", checkpoints, tiny_root, size=64, threads=1)
@@ -64,8 +75,10 @@ def test_keys_are_those_that_were_promised(build, files):
     assert report["retention"] == pytest.approx(0.78 / 0.8)
     assert report["speedup"] == report["models"][-1]["speedup"]
     assert report["models"][0]["speedup"] == 1
-    for name in ("report.png", "precision_recall.png"):
+    assert "5 of 7 official photos, 9 faces" in report_markdown(report)
+    for name in ("report.png", "precision_recall.png", "ap_by_size.png", "worst_photos.png", "kept_channels.png"):
         assert (files / name).stat().st_size > 5000
+        assert f"]({name})" in report_markdown(report)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 from matplotlib.image import imread
 
 from retinaface.evaluation.visualize import (
@@ -11,8 +12,13 @@ from retinaface.evaluation.visualize import (
     contact_sheet,
     draw_detections,
     draw_judgement,
+    draw_training_batch,
+    plot_ap_by_size,
+    plot_face_sizes,
+    plot_kept_channels,
     plot_precision_recall,
     plot_report,
+    plot_sensitivity,
 )
 from retinaface.evaluation.wider_ap import Curve, area_under
 
@@ -40,6 +46,25 @@ def test_detections_are_drawn_on_a_copy():
     plate = picture[45:60, 50:80]
     assert (plate == 255).all(axis=-1).any()  # the score, above the box
     assert not picture[140:].any()
+
+
+def test_training_batch_shows_what_the_network_is_told():
+    batch = {
+        "images": torch.zeros((2, 3, 100, 100), dtype=torch.uint8),
+        "boxes": torch.tensor([[[10.0, 10, 40, 50], [50, 50, 90, 90]], [[20, 20, 60, 60], [0, 0, 0, 0]]]),
+        "landmarks": torch.zeros((2, 2, 5, 2)),
+        "has_landmarks": torch.tensor([[True, False], [False, False]]),
+        "labels": torch.tensor([[1, -1], [1, 0]]),
+    }
+    batch["landmarks"][0, 0] = torch.tensor([[15.0, 20], [35, 20], [25, 30], [17, 40], [33, 40]])
+    first, second = draw_training_batch(batch)
+    assert not batch["images"].any()
+    assert tuple(first[50, 25]) == GREEN
+    assert tuple(first[90, 60]) == tuple(first[70, 70]) == GREY  # the side and the middle of the ignored face
+    assert [tuple(first[y, x]) for x, y in batch["landmarks"][0, 0].int().tolist()] == list(LANDMARK_COLOURS)
+    assert tuple(second[60, 40]) == GREEN
+    assert not second[:15, :15].any()  # padding is not drawn
+    assert not (second == GREY).all(axis=-1).any()
 
 
 def test_lines_grow_with_the_photo():
@@ -97,17 +122,46 @@ def test_contact_sheet_without_room_is_refused(arguments):
 
 def test_curves_are_plotted(tmp_path):
     recall = np.linspace(0, 0.9, 50)
-    plot_precision_recall(
-        {"teacher": (recall, 1 - recall**3), "int8": (recall, 1 - recall**2)}, tmp_path / "a" / "pr.png"
-    )
-    assert imread(tmp_path / "a" / "pr.png").std() > 0.05
-    plot_precision_recall({"teacher": (recall, 1 - recall)}, tmp_path / "pr.svg")
-    assert f"teacher: AP {area_under(Curve(recall, 1 - recall)):.3f}" in svg_text(tmp_path / "pr.svg")
+    good, bad = Curve(recall, 1 - recall**3), Curve(recall, 1 - recall)
+    plot_precision_recall({"teacher": {"all": good, "hard": bad}, "int8": {"all": bad}}, tmp_path / "a" / "pr.svg")
+    text = svg_text(tmp_path / "a" / "pr.svg")
+    for expected in (
+        f"teacher: AP {area_under(good):.3f}",
+        f"int8: AP {area_under(bad):.3f}",
+        "all faces",
+        "hard face",
+    ):
+        assert expected in text
+    assert "easy faces" not in text
+    plot_precision_recall({"teacher": {"all": good}}, tmp_path / "pr.png")
+    assert imread(tmp_path / "pr.png").std() > 0.05
+    plot_precision_recall({"teacher": {}}, tmp_path / "pr.png")  # photos without a face that counts
+
+
+def test_ap_by_size_has_a_bar_per_model_and_class(tmp_path):
+    models = {"teacher": {"<8": None, "8-16": 0.31, "16-32": 0.62}, "int8": {"<8": None, "8-16": None, "16-32": 0.57}}
+    plot_ap_by_size(models, tmp_path / "sizes.svg", "vga")
+    text = svg_text(tmp_path / "sizes.svg")
+    for label in ("teacher", "int8", "8-16", "16-32", "0.31", "0.62", "0.57", "by face size, vga"):
+        assert label in text
+    assert "&lt;8" not in text  # no model has a figure
+    plot_ap_by_size({"teacher": {"<8": None}}, tmp_path / "sizes.png")
+    assert imread(tmp_path / "sizes.png").std() > 0.01
 
 
 def svg_text(file):
     """The texts of an SVG figure: matplotlib keeps them as comments beside the outlines."""
     return file.read_text()
+
+
+def test_face_sizes_are_plotted(tmp_path):
+    sizes = {"train": [0.5, 3, 15, 15.5, 17, 40, 9000], "val": np.array([20.0])}
+    plot_face_sizes(sizes, tmp_path / "a" / "sizes.svg", smallest_anchor=16)
+    text = svg_text(tmp_path / "a" / "sizes.svg")
+    for label in ("train: 7 faces", "val: 1 faces", "smallest anchor, 16 px", "100%"):
+        assert label in text
+    plot_face_sizes({"train": []}, tmp_path / "sizes.png", smallest_anchor=16)
+    assert imread(tmp_path / "sizes.png").std() > 0.02
 
 
 def report_models(**subsets):
@@ -116,6 +170,22 @@ def report_models(**subsets):
     small = {"macs": 500_000_000, "onnx_bytes": 425_000, "latency_ms_median": 6.0}
     student = {**teacher, **small, "name": "int8", "ap": {**teacher["ap"], "all": 0.76}}
     return [teacher, student]
+
+
+def test_kept_channels_have_a_bar_per_layer(tmp_path):
+    pictures = []
+    for count, left in ((10, 64), (10, 32), (40, 32)):
+        plot_kept_channels({f"layer{index}": (64, left) for index in range(count)}, tmp_path / "kept.png")
+        pictures.append(imread(tmp_path / "kept.png"))
+    full, half, many = ((picture[..., 0] < 0.02) & (picture[..., 2] > 0.6) for picture in pictures)
+    assert full.sum() == pytest.approx(2 * half.sum(), rel=0.1)
+    assert many.sum() > 3 * half.sum()
+
+
+def test_sensitivity_has_a_cell_per_group_and_ratio(tmp_path):
+    groups = {f"layer{index}": {0.25: (0.01 * index, 1.1), 0.5: (0.02 * index, 1.2)} for index in range(12)}
+    plot_sensitivity(groups, tmp_path / "plots" / "sensitivity.png")
+    assert imread(tmp_path / "plots" / "sensitivity.png")[..., :3].std() > 0.1
 
 
 def test_report_shows_what_is_kept_and_gained(tmp_path):

@@ -19,6 +19,7 @@ from retinaface.evaluation.wider_ap import (
     judge_photo,
     precision_recall,
     read_predictions,
+    size_curves,
     subset_curves,
     write_predictions,
 )
@@ -172,6 +173,29 @@ def test_unfit_arrays_are_refused(detections, faces, counted, message):
         average_precision(detections, faces, counted)
 
 
+def test_face_sizes_share_no_false_alarms_and_no_faces():
+    small, large, lost = [0, 0, 20, 30], [100, 100, 170, 200], [300, 0, 309, 20]
+    alarm = [50, 0, 71, 25]  # small, on nothing
+    detections = [np.array([[*small, 0.5], [*large, 0.3], [*alarm, 0.9]])]
+    curves = size_curves(detections, [[small, large, lost]], [[True, True, True]])
+    assert list(curves) == ["8-16", "16-32", "64-128"]  # by the shorter side; the others hold no face
+    assert {name: area_under(curve) for name, curve in curves.items()} == {"8-16": 0, "16-32": 0.5, "64-128": 1}
+    uncounted = size_curves(detections, [[small, large, lost]], [[True, False, True]])
+    assert list(uncounted) == ["8-16", "16-32"]
+    assert area_under(uncounted["16-32"]) == 0.5
+
+
+def test_face_sizes_together_are_the_whole():
+    """Where all faces are of one size class, and all detections too, it is the protocol's own curve."""
+    detections, faces, counted = random_photos(5)
+    faces = [boxes.copy() for boxes in faces]
+    for rows in (*faces, *detections):
+        rows[:, 2:4] = rows[:, :2] + 8 + (rows[:, 2:4] - rows[:, :2]) % 8
+    (name,) = curves = size_curves(detections, faces, counted)
+    assert name == "8-16"
+    assert area_under(curves[name]) == average_precision(detections, faces, counted) > 0
+
+
 def test_judgement_of_a_photo_is_in_the_order_given():
     face, ignored, missed = [0, 0, 9, 9], [30, 0, 39, 9], [60, 0, 69, 9]
     detections = [[*face, 0.5], [*ignored, 0.9], [0, 50, 9, 59, 0.1], [*face, 0.8]]
@@ -179,6 +203,7 @@ def test_judgement_of_a_photo_is_in_the_order_given():
     assert judgement.found.tolist() == [False, False, False, True]
     assert judgement.false_alarms.tolist() == [True, False, True, False]
     assert judgement.missed.tolist() == [False, False, True]
+    assert judgement.owners.tolist() == [0, 1, -1, 0]
     assert judge_photo(detections, [], []).false_alarms.all()
     assert judge_photo([], [face], [True]).missed.all()
 
@@ -279,11 +304,13 @@ def test_folders_are_evaluated_without_the_events_that_are_absent(ground_truth, 
     assert "1--Handshaking" in caplog.text
 
 
-def test_missing_photos_of_a_present_event_are_named(ground_truth, tmp_path):
+def test_missing_photos_of_a_present_event_are_named(ground_truth, tmp_path, caplog):
     results = tmp_path / "results"
     write_predictions(results, "0--Parade/a", [[0, 0, 10, 10]], [0.9])
     with pytest.raises(InputError, match=r"1 photos have no result file \(0--Parade/b\)"):
         evaluate_predictions(results, ground_truth)
+    assert evaluate_predictions(results, ground_truth, skip_missing=True)["hard"] == 0.5
+    assert "1 photos have no result file (0--Parade/b); they are left out" in caplog.text
 
 
 def test_folders_of_other_photos_are_refused(ground_truth, tmp_path):
@@ -351,6 +378,20 @@ def test_metric_ignores_order_and_repeated_photos(photos):
     assert computed(photos, [8, 3], [1], [0, 2, 4], [7, 5, 6]) == expected
     assert computed(photos, [0, 1, 2, 3, 4], [5, 6, 7, 8, 0], [1]) == expected
     assert computed(photos, [0, 1, 2]) != expected
+
+
+def test_photos_seen_are_those_that_went_in_once_each(photos):
+    metric = WiderFaceAP()
+    metric.update(*metric_batch(photos, [5, 2, 8]))
+    metric.update(*metric_batch(photos, [2, 0]))
+    seen = metric.photos_seen()
+    assert seen.image_ids == [0, 2, 5, 8]
+    detections, faces, counted = photos
+    for place, index in enumerate(seen.image_ids):
+        np.testing.assert_array_equal(seen.detections[place], detections[index].astype(np.float32))
+        np.testing.assert_array_equal(seen.faces[place], faces[index].astype(np.float32))
+        np.testing.assert_array_equal(seen.counted[place]["all"], counted[index])
+        assert list(seen.counted[place]) == ["all", "easy"]
 
 
 def test_metric_leaves_photos_out_of_subsets_they_lack():

@@ -5,7 +5,7 @@ from torchvision.ops import nms
 from retinaface.model.anchors import make_anchors
 from retinaface.model.boxes import decode_boxes, decode_landmarks
 from retinaface.model.network import NetworkConfig
-from retinaface.model.postprocess import postprocess
+from retinaface.model.postprocess import postprocess, suppress
 
 CONFIG = NetworkConfig(anchor_sizes=[[16, 32], [64, 128], [256, 512]], strides=[8, 16, 32])
 SIZE = (96, 128)
@@ -53,6 +53,17 @@ def test_a_batch_gives_what_its_pictures_give():
         for ours, theirs in zip(faces, alone, strict=True):
             assert torch.equal(ours, theirs)
     assert [len(faces.scores) > 0 for faces in together] == [True, True, False, True]
+
+
+@pytest.mark.parametrize("keep", [1, 200, 400, 1000])
+def test_suppression_in_pieces_is_that_of_all_at_once(keep):
+    generator = torch.Generator().manual_seed(keep)
+    corners = torch.rand(2000, 2, generator=generator) * 500
+    boxes = torch.cat([corners, corners + 10 + torch.rand(2000, 2, generator=generator) * 30], dim=1)
+    scores = torch.rand(2000, generator=generator).sort(descending=True).values
+    whole = nms(boxes, scores, 0.3)
+    assert 400 < len(whole) < 1500
+    assert torch.equal(suppress(boxes, scores, 0.3, keep), whole[:keep])
 
 
 def test_no_face_gives_empty_tensors_of_the_right_shape():

@@ -1,0 +1,45 @@
+"""Draws what a validation measured, once there is a final figure."""
+
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.loggers import WandbLogger
+from typing_extensions import override
+
+from lightning_modules import RetinaFaceModule
+from retinaface.evaluation.evaluate import Photo, measure_accuracy, save_pictures
+
+
+class EvaluationPictures(L.Callback):
+    """Draws precision and recall, average precision by face size, and the worst photos.
+
+    That is done after ``validate`` and ``test``, and after the last epoch of a ``fit``. The PNG files are written to
+    ``evaluation/`` in the trainer's root folder, and sent to W&B where that is the logger.
+    """
+
+    @override
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        last = trainer.state.fn != "fit" or trainer.current_epoch + 1 == trainer.max_epochs
+        if last and not trainer.sanity_checking and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._draw(trainer, pl_module)
+
+    @override
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.on_validation_epoch_end(trainer, pl_module)
+
+    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, RetinaFaceModule)
+        with pl_module.val_ap.sync_context():  # every process takes part: each has seen some of the photos
+            seen = pl_module.val_ap.photos_seen()
+        if not trainer.is_global_zero:
+            return
+        samples = trainer.datamodule.val_samples  # type: ignore[attr-defined]
+        photos = [
+            Photo(samples[index].path, samples[index].name, detections, faces, counted)
+            for index, detections, faces, counted in zip(*seen, strict=True)
+        ]
+        folder = Path(trainer.default_root_dir) / "evaluation"
+        for name, file in save_pictures({"model": measure_accuracy(photos)}, photos, folder).items():
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    logger.log_image(f"evaluation/{name}", [str(file)])
