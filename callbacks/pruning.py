@@ -48,7 +48,8 @@ class ChannelPruning(L.Callback):
             those of layers that are built alike.
         ratios: Module, with all below it, to a ratio of its own.
         keep: Modules, with all below them, that lose none of their output channels, such as ``backbone.stage1``.
-        round_to: Channel counts are rounded down to a multiple of this, so narrow layers may lose more than ``ratio``.
+        round_to: Channel counts are rounded down to a multiple of this, so narrow layers may lose more than ``ratio``;
+            with ``sensitivity`` they are rounded up.
         min_channels: No layer is left with fewer channels than this.
         max_ratio: No layer loses a larger share than this.
         sensitivity: File of ``python -m retinaface sensitivity`` that says which layers bear most; with ``target``.

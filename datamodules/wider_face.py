@@ -40,7 +40,8 @@ class WiderFaceDataModule(L.LightningDataModule):
         train_size: Side of the training pictures in pixels.
         val_size: Validation photos whose long side is above this are shrunk to it; None keeps their size.
         batch_size: Training photos per batch and process.
-        val_batch_size: Validation photos per batch and process; the smaller ones are padded to the largest.
+        val_batch_size: Validation photos per batch and process; above 1 the smaller ones are padded to the largest,
+            which changes what is found near the padding a little, and so the figures.
         num_workers: Loader processes per process; None chooses by the CPUs that this process may use.
         seed: Seed of order and augmentation.
         transform: Probabilities and ranges of the augmentation.

@@ -18,7 +18,7 @@ from retinaface.evaluation.wider_ap import WiderFaceAP
 from retinaface.model.anchors import make_anchors, picture_size
 from retinaface.model.checkpoints import load_imagenet_backbone
 from retinaface.model.losses import Losses, assign_targets, detection_loss
-from retinaface.model.network import Activation, NetworkConfig, Outputs, RetinaFace, normalize
+from retinaface.model.network import Activation, NetworkConfig, Outputs, RetinaFace, normalize, pad_small
 from retinaface.model.postprocess import Detections, postprocess
 
 
@@ -165,10 +165,9 @@ class RetinaFaceModule(L.LightningModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Detections]:
         """Faces of each photo of a validation batch: score from 0.02, NMS at 0.4, in the photos' own pixels."""
-        images = batch["images"]
-        detections = postprocess(
-            self(images), images.shape[-2:], self.structure.network, SCORE_THRESHOLD, NMS_THRESHOLD
-        )
+        images = pad_small(normalize(batch["images"]))
+        size = (images.shape[2], images.shape[3])
+        detections = postprocess(self.network(images), size, self.structure.network, SCORE_THRESHOLD, NMS_THRESHOLD)
         return [
             Detections(found.boxes / scale, found.scores, found.landmarks / scale)
             for found, scale in zip(detections, batch["scales"], strict=True)

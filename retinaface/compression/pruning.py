@@ -86,7 +86,7 @@ class PruningSettings:
             these. Names as in ``keep``; of two that mean the same layer the later one counts.
         keep: Modules, with all below them, that lose none of their output channels.
         round_to: Channel counts are rounded down to a multiple of this, which vector units want; narrow layers may lose
-            more than ``ratio`` by it.
+            more than ``ratio`` by it. With ``sensitivity`` they are rounded up.
         min_channels: No layer is left with fewer channels than this.
         max_ratio: No layer loses a larger share than this.
         sensitivity: File of ``python -m retinaface sensitivity``: every layer loses as much as it can for one and the
@@ -204,7 +204,9 @@ def _plan(groups: Sequence[ChannelGroup], ratios: Mapping[str, float], settings:
 def _left(channels: int, ratio: float, settings: PruningSettings) -> int:
     """Channels that a layer is left with."""
     removed, unit = _removed(channels, ratio), settings.round_to
-    wanted = (channels - removed) // unit * unit if removed else channels
+    # A file that says what each layer bears is taken at its word: rounded down, 15 of 16 channels would become 8.
+    round_off = math.floor if settings.sensitivity is None else math.ceil
+    wanted = round_off((channels - removed) / unit) * unit if removed else channels
     least = max(settings.min_channels, channels - math.floor(channels * settings.max_ratio))
     return min(channels, max(wanted, math.ceil(least / unit) * unit))
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,11 +15,8 @@ from retinaface.compression.structure import load_network
 from retinaface.cpus import usable_cpus
 from retinaface.delivery.export import INPUT_NAME, METADATA_KEY, OUTPUT_NAMES
 from retinaface.errors import InputError
-from retinaface.model.network import NetworkConfig, Outputs, normalize
+from retinaface.model.network import NetworkConfig, Outputs, normalize, pad_small
 from retinaface.model.postprocess import Detections, postprocess
-
-# The exported networks need at least two positions at the coarsest stride.
-_SMALLEST_SIDE = 64
 
 
 @dataclass(frozen=True)
@@ -57,9 +53,7 @@ class Detector:
         Returns:
             The faces, best first, in pixels of the picture.
         """
-        height, width = image.shape[:2]
-        images = normalize(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None])
-        images = F.pad(images, (0, max(0, _SMALLEST_SIDE - width), 0, max(0, _SMALLEST_SIDE - height)))
+        images = pad_small(normalize(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]))
         outputs = self.run(images)
         size = (images.shape[2], images.shape[3])
         return postprocess(outputs, size, self.config, score_threshold, nms_threshold, top_k, keep)[0]

@@ -276,8 +276,11 @@ def save_results(evaluation: Evaluation, folder: Path) -> None:
     """Writes what was found in the WIDER FACE result format, ``<folder>/<event>/<image>.txt``.
 
     Raises:
-        InputError: The folder cannot be written to.
+        InputError: The folder cannot be written to, or holds results of other photos, which would count as well.
     """
+    there = {file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.txt")}
+    if others := there - {photo.name for photo in evaluation.photos}:
+        raise InputError(f"{folder}: holds results of other photos, such as {min(others)}; choose another --results")
     try:
         for photo in evaluation.photos:
             write_predictions(folder, photo.name, photo.detections[:, :4], photo.detections[:, 4])

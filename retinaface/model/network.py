@@ -24,6 +24,7 @@ Activation = Literal["leaky_relu", "relu"]
 # class_logits (B, A, 2), box_deltas (B, A, 4), landmark_deltas (B, A, 10)
 Outputs = tuple[Tensor, Tensor, Tensor]
 
+_SMALLEST_SIDE = 64
 BACKBONE_STRIDES = (4, 8, 16, 32)
 BACKBONE_CHANNELS: dict[str, tuple[int, ...]] = {
     "mobilenet0.25": (32, 64, 128, 256),
@@ -82,6 +83,19 @@ def normalize(images: Tensor) -> Tensor:
         ``(B, 3, H, W)`` float32, the mean colour subtracted; nothing is divided.
     """
     return images.float() - _mean(images.device)
+
+
+def pad_small(images: Tensor) -> Tensor:
+    """Fills pictures with a side below 64 pixels up to that, which every exported network takes.
+
+    Args:
+        images: ``(B, 3, H, W)`` as from :func:`normalize`, so that zero is the mean colour.
+
+    Returns:
+        The pictures, wider to the right and taller at the bottom where need be.
+    """
+    height, width = images.shape[-2:]
+    return F.pad(images, (0, max(0, _SMALLEST_SIDE - width), 0, max(0, _SMALLEST_SIDE - height)))
 
 
 @lru_cache

@@ -73,13 +73,19 @@ def test_pictures_of_the_measured_photos_go_to_wandb(command, make_trainer, tiny
     assert trainer.loggers[0].pictures == [("evaluation/x", [f"{trainer.default_root_dir}/evaluation"])]
 
 
-def test_only_the_last_epoch_of_a_fit_is_drawn(make_trainer, tiny_root, tiny_checkpoint, monkeypatch):
-    epochs = []
-    trainer = make_trainer(max_epochs=3, limit_train_batches=1)
-    monkeypatch.setattr(EvaluationPictures, "_draw", lambda *_: epochs.append(trainer.current_epoch))
+@pytest.mark.parametrize(
+    "options",
+    [{"max_epochs": 2}, {"max_steps": 2}, {"max_epochs": 3, "check_val_every_n_epoch": 2},
+     {"max_epochs": 1, "val_check_interval": 1, "limit_train_batches": 2}],
+)  # fmt: skip
+def test_the_last_validation_of_a_fit_is_drawn_once(make_trainer, tiny_root, tiny_checkpoint, monkeypatch, options):
+    drawn = []
+    save = "callbacks.evaluation_pictures.save_pictures"
+    monkeypatch.setattr(save, lambda accuracies, photos, folder: drawn.append(accuracies["model"].ap["all"]) or {})
+    trainer = make_trainer(**{"limit_train_batches": 1, **options})
     data = WiderFaceDataModule(tiny_root, train_size=64, batch_size=4, num_workers=0)
     trainer.fit(RetinaFaceModule(weights=str(tiny_checkpoint)), datamodule=data)
-    assert epochs == [2]
+    assert drawn == [pytest.approx(float(trainer.callback_metrics["val/ap_all"]), abs=1e-6)]
 
 
 def test_other_processes_take_part_but_draw_nothing(tiny_checkpoint, monkeypatch):
@@ -87,5 +93,5 @@ def test_other_processes_take_part_but_draw_nothing(tiny_checkpoint, monkeypatch
     synchronised = []
     monkeypatch.setattr(module.val_ap, "photos_seen", lambda: synchronised.append(1) or PhotosSeen([], [], [], []))
     trainer = type("Trainer", (), {"is_global_zero": False})()
-    EvaluationPictures()._draw(trainer, module)
+    EvaluationPictures()._keep_photos(trainer, module)
     assert synchronised == [1]

@@ -442,15 +442,16 @@ def test_ratios_that_follow_a_sensitivity_file(build_network, tmp_path):
     network = build_network()
 
     def losses(name):
-        frail = name.startswith("backbone.stage2")
+        frail = name.startswith(("backbone.stage1.1", "backbone.stage2"))
         return {0.25: 0.1, 0.5: 0.4, 0.75: 0.8} if frail else {0.25: -0.01, 0.5: 0.1, 0.75: 0.2}
 
     file = sensitivity_file(network, tmp_path / "sensitivity.json", losses)
     after, _ = pruned(network, target=PruningTarget(macs=0.5), sensitivity=file)
     was, now = widths(network), widths(after)
     assert count_complexity(after, 64)[1] / count_complexity(network, 64)[1] == pytest.approx(0.5, rel=0.05)
-    assert now["backbone.stage2.3.3"] / was["backbone.stage2.3.3"] > 0.9
-    assert now["backbone.stage3.1.3"] / was["backbone.stage3.1.3"] < 0.75
+    assert now["backbone.stage2.3.3"] / was["backbone.stage2.3.3"] > 0.75
+    assert now["backbone.stage1.1.3"] == 16  # the first step of 8 channels would be half of them
+    assert now["backbone.stage3.1.3"] / was["backbone.stage3.1.3"] < 0.6
     with pytest.raises(InputError, match=r"sensitivity\.json: says nothing about backbone\.stage\S+ with \d+ channels"):
         make_plan(after, PruningSettings(target=PruningTarget(macs=0.5), round_to=1, sensitivity=file, keep=("fpn",)))
 

@@ -91,12 +91,21 @@ def test_truncated_photo_is_named(tiny_root, tiny_checkpoint, tmp_path):
         evaluate(tiny_checkpoint, root)
 
 
+def test_results_are_not_mixed_with_those_of_other_photos(tiny_checkpoint, tiny_root, tmp_path):
+    evaluation = evaluate(tiny_checkpoint, tiny_root)
+    save_results(evaluation, tmp_path)
+    save_results(evaluation, tmp_path)  # the same photos again are fine
+    (tmp_path / "event").mkdir()
+    (tmp_path / "event" / "other.txt").write_text("event/other\n0\n")
+    with pytest.raises(InputError, match="event/other"):
+        save_results(evaluation, tmp_path)
+
+
 @pytest.mark.reference
 def test_public_weights_have_the_known_average_precision(reference):
     weights = reference / "weights" / "mobilenet025_widerface.pth"
     result = evaluate(weights, reference / "wider_val")
     expected = {"easy": 0.841, "medium": 0.786, "hard": 0.659}
-    # The reference implementation rounds boxes to whole pixels.
     assert {name: result.accuracy.ap[name] for name in expected} == pytest.approx(expected, abs=0.003)
     assert (len(result.photos), result.official_photos) == (67, 3226)
 

@@ -10,6 +10,7 @@ from datamodules import WiderFaceDataModule
 from lightning_modules import RetinaFaceModule
 from lightning_modules.detection import OptimizerSettings, learning_rate_factor
 from retinaface.errors import InputError
+from retinaface.evaluation.evaluate import evaluate
 from retinaface.model.network import NetworkConfig
 from retinaface.model.postprocess import Detections
 
@@ -120,7 +121,7 @@ def test_bad_optimizer_settings_are_named(settings):
 
 
 def test_validation_boxes_are_in_the_photos_own_pixels(tiny_checkpoint):
-    """Halving the picture, with its scale, must not change what is found by more than a pixel or so."""
+    """With half the scale the same outputs mean boxes of twice the size."""
     module = RetinaFaceModule(weights=str(tiny_checkpoint)).eval()
     seen = []
     module.val_ap.update = lambda ids, found, faces, counted: seen.append((found, faces, counted))
@@ -142,6 +143,40 @@ def test_validation_boxes_are_in_the_photos_own_pixels(tiny_checkpoint):
     assert torch.equal(halved[0][:, 4], whole[0][:, 4])
     assert faces[0].tolist() == [[10, 10, 50, 60]]  # without padding
     assert counted[0]["all"].tolist() == [True]
+
+
+def test_validation_measures_what_evaluate_measures_and_starts_anew_each_time(tiny_root, tiny_checkpoint, tmp_path):
+    module = RetinaFaceModule(weights=str(tiny_checkpoint))
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    data = WiderFaceDataModule(tiny_root, num_workers=0)
+    (first,) = trainer.validate(module, datamodule=data, verbose=False)
+    expected = evaluate(tiny_checkpoint, tiny_root).accuracy.ap["all"]
+    assert expected > 0
+    assert first["val/ap_all"] == pytest.approx(expected, abs=1e-6)
+    for head in module.network.class_heads:
+        torch.nn.init.zeros_(head.weight)
+        torch.nn.init.zeros_(head.bias)
+    (second,) = trainer.validate(module, datamodule=data, verbose=False)
+    assert second["val/ap_all"] != first["val/ap_all"]
+
+
+def test_tiny_photos_can_be_validated(tiny_checkpoint):
+    """Also by a network that was exported for training in INT8, which takes 33 pixels or more."""
+    module = RetinaFaceModule(weights=str(tiny_checkpoint)).eval()
+    shapes = []
+    module.network.register_forward_pre_hook(lambda _, arguments: shapes.append(tuple(arguments[0].shape)))
+    batch = {"images": torch.zeros(1, 3, 20, 90, dtype=torch.uint8), "scales": torch.tensor([1.0])}
+    with torch.no_grad():
+        (found,) = module.predict_step(batch, 0)
+    assert shapes == [(1, 3, 64, 90)]
+    assert isinstance(found, Detections)
 
 
 def test_predictions_are_in_the_photos_own_pixels(tiny_checkpoint):
