@@ -28,7 +28,8 @@ from retinaface.errors import InputError, one_line
 PROJECT = Path(__file__).resolve().parent
 CONFIGS = PROJECT / "configs"
 
-_console = Console(markup=False, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)  # a log file has room for whole tables
+# A log file has room for whole tables.
+_console = Console(markup=False, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 
 _PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
 
