@@ -25,6 +25,9 @@ Split = Literal["train", "val"]
 MEAN_BGR = (104, 117, 123)
 """The mean colour that the public weights subtract: filled areas become zero."""
 
+MIRRORED_LANDMARKS = [1, 0, 2, 4, 3]
+"""Whose place each landmark takes in a mirrored photo: the eyes and the mouth corners change sides."""
+
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 DIFFICULTIES = ("easy", "medium", "hard")
 DIFFICULTY_FILES = ("wider_face_val.mat", *(f"wider_{subset}_val.mat" for subset in DIFFICULTIES))

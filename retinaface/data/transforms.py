@@ -16,13 +16,12 @@ from numpy.typing import NDArray
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import albumentations as A
 
-from retinaface.data.annotations import MEAN_BGR
+from retinaface.data.annotations import MEAN_BGR, MIRRORED_LANDMARKS
 from retinaface.errors import InputError
 
 FACE, IGNORED = 1, -1
 """Labels: a face to learn, and a face that is neither a face nor background for the loss."""
 
-_MIRRORED_LANDMARKS = [1, 0, 2, 4, 3]  # the eyes and the mouth corners change sides
 _FRACTIONS = ("balanced", "min_visible", "flip", "affine", "translate", "colour", "brightness", "contrast",
               "saturation", "grayscale", "blur", "jpeg")  # fmt: skip
 _LARGEST_ZOOM = 4  # of a scale-balanced crop: more would show nothing but pixels
@@ -276,7 +275,7 @@ class TrainTransform:
         points = moved[3:].reshape(points.shape)
         landmarks = np.where(np.isnan(faces.landmarks), np.nan, points[:, 3:])
         if right[0] * down[1] < right[1] * down[0]:
-            landmarks = landmarks[:, _MIRRORED_LANDMARKS]
+            landmarks = landmarks[:, MIRRORED_LANDMARKS]
         moved_faces = faces._replace(boxes=_boxes_of_frames(points[:, :3]), landmarks=landmarks)
         return np.ascontiguousarray(result["image"]), moved_faces
 

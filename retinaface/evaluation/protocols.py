@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torchvision.ops import box_iou  # type: ignore[import-untyped]
 
+from retinaface.data.annotations import MIRRORED_LANDMARKS
 from retinaface.delivery.runtime import Detector
 from retinaface.model.postprocess import Detections, suppress
 
@@ -34,8 +35,6 @@ Protocol = Literal["original", "vga", "long640", "multiscale"]
 SCORE_THRESHOLD = 0.02
 NMS_THRESHOLD = 0.4
 KEEP = 750
-
-_MIRRORED_LANDMARKS = [1, 0, 2, 4, 3]  # the eyes and the mouth corners change sides
 
 
 class View(NamedTuple):
@@ -107,7 +106,7 @@ def _detect(detector: Detector, image: NDArray[np.uint8], view: View) -> Detecti
     boxes, landmarks = faces.boxes, faces.landmarks
     if view.mirrored:
         boxes = torch.stack([view.width - boxes[:, 2], boxes[:, 1], view.width - boxes[:, 0], boxes[:, 3]], dim=1)
-        landmarks = torch.stack([view.width - landmarks[..., 0], landmarks[..., 1]], dim=-1)[:, _MIRRORED_LANDMARKS]
+        landmarks = torch.stack([view.width - landmarks[..., 0], landmarks[..., 1]], dim=-1)[:, MIRRORED_LANDMARKS]
     scale = torch.tensor([view.width / width, view.height / height])
     return Detections(boxes / scale.repeat(2), faces.scores, landmarks / scale)
 

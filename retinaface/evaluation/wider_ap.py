@@ -141,10 +141,7 @@ def subset_curves(
     Raises:
         ValueError: the three lists differ in length, shapes do not fit, or a score is not finite.
     """
-    if not len(detections) == len(faces) == len(counted):
-        raise ValueError(f"photos differ: {len(detections)} detections, {len(faces)} faces, {len(counted)} counted")
-    face_rows = [_rows(boxes, 4, "faces") for boxes in faces]
-    matches = _match([_by_score(rows) for rows in detections], face_rows, iou_threshold)
+    face_rows, matches = _match_photos(detections, faces, len(counted), iou_threshold)
     curves = {}
     for subset in dict.fromkeys(name for masks in counted for name in masks):
         takes_part = np.array([subset in masks for masks in counted])
@@ -180,10 +177,7 @@ def size_curves(
     Raises:
         ValueError: the three lists differ in length, shapes do not fit, or a score is not finite.
     """
-    if not len(detections) == len(faces) == len(counted):
-        raise ValueError(f"photos differ: {len(detections)} detections, {len(faces)} faces, {len(counted)} counted")
-    face_rows = [_rows(boxes, 4, "faces") for boxes in faces]
-    matches = _match([_by_score(rows) for rows in detections], face_rows, iou_threshold)
+    face_rows, matches = _match_photos(detections, faces, len(counted), iou_threshold)
     every = np.concatenate([np.empty((0, 4)), *face_rows])
     masks = [_mask(mask, len(rows)) for mask, rows in zip(counted, face_rows, strict=True)]
     mask = np.concatenate([np.empty(0, bool), *masks])
@@ -193,6 +187,16 @@ def size_curves(
         for index, name in enumerate(SIZE_CLASSES)
         if (mask & (face_sizes == index)).any()
     }
+
+
+def _match_photos(
+    detections: Sequence[ArrayLike], faces: Sequence[ArrayLike], counted: int, iou_threshold: float
+) -> tuple[list[NDArray[np.float64]], _Matches]:
+    """Each photo's faces as rows, and what the detections belong to."""
+    if not len(detections) == len(faces) == counted:
+        raise ValueError(f"photos differ: {len(detections)} detections, {len(faces)} faces, {counted} counted")
+    face_rows = [_rows(boxes, 4, "faces") for boxes in faces]
+    return face_rows, _match([_by_score(rows) for rows in detections], face_rows, iou_threshold)
 
 
 def _size_class(boxes: NDArray[np.float64]) -> NDArray[np.int64]:

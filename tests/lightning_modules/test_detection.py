@@ -145,9 +145,9 @@ def test_validation_boxes_are_in_the_photos_own_pixels(tiny_checkpoint):
     assert counted[0]["all"].tolist() == [True]
 
 
-def test_validation_measures_what_evaluate_measures_and_starts_anew_each_time(tiny_root, tiny_checkpoint, tmp_path):
-    module = RetinaFaceModule(weights=str(tiny_checkpoint))
-    trainer = L.Trainer(
+@pytest.fixture
+def quiet_trainer(tmp_path):
+    return L.Trainer(
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
@@ -155,15 +155,21 @@ def test_validation_measures_what_evaluate_measures_and_starts_anew_each_time(ti
         enable_model_summary=False,
         default_root_dir=tmp_path,
     )
+
+
+def test_validation_measures_what_evaluate_does_and_starts_anew_each_time(
+    tiny_root, tiny_checkpoint, quiet_trainer
+):
+    module = RetinaFaceModule(weights=str(tiny_checkpoint))
     data = WiderFaceDataModule(tiny_root, num_workers=0)
-    (first,) = trainer.validate(module, datamodule=data, verbose=False)
+    (first,) = quiet_trainer.validate(module, datamodule=data, verbose=False)
     expected = evaluate(tiny_checkpoint, tiny_root).accuracy.ap["all"]
     assert expected > 0
     assert first["val/ap_all"] == pytest.approx(expected, abs=1e-6)
     for head in module.network.class_heads:
         torch.nn.init.zeros_(head.weight)
         torch.nn.init.zeros_(head.bias)
-    (second,) = trainer.validate(module, datamodule=data, verbose=False)
+    (second,) = quiet_trainer.validate(module, datamodule=data, verbose=False)
     assert second["val/ap_all"] != first["val/ap_all"]
 
 
@@ -191,16 +197,8 @@ def test_predictions_are_in_the_photos_own_pixels(tiny_checkpoint):
     assert torch.equal(shrunk.scores, whole.scores)
 
 
-def test_predicts_every_validation_photo(tiny_root, tiny_checkpoint, tmp_path):
+def test_predicts_every_validation_photo(tiny_root, tiny_checkpoint, quiet_trainer):
     module = RetinaFaceModule(weights=str(tiny_checkpoint))
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
-    batches = trainer.predict(module, datamodule=WiderFaceDataModule(tiny_root, val_batch_size=2, num_workers=0))
+    batches = quiet_trainer.predict(module, datamodule=WiderFaceDataModule(tiny_root, val_batch_size=2, num_workers=0))
     assert [len(batch) for batch in batches] == [2, 2, 1]
     assert all(isinstance(found, Detections) for batch in batches for found in batch)
