@@ -157,9 +157,7 @@ def quiet_trainer(tmp_path):
     )
 
 
-def test_validation_measures_what_evaluate_does_and_starts_anew_each_time(
-    tiny_root, tiny_checkpoint, quiet_trainer
-):
+def test_validation_measures_what_evaluate_does_and_starts_anew_each_time(tiny_root, tiny_checkpoint, quiet_trainer):
     module = RetinaFaceModule(weights=str(tiny_checkpoint))
     data = WiderFaceDataModule(tiny_root, num_workers=0)
     (first,) = quiet_trainer.validate(module, datamodule=data, verbose=False)
