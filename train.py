@@ -11,6 +11,7 @@ import warnings
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 import callbacks  # noqa: F401  so that their classes can be named in a configuration
@@ -44,11 +45,15 @@ class RetinaFaceCLI(LightningCLI):
             _check_resumable(path)
 
     def before_fit(self) -> None:
-        """Tells the trainer now what it goes on from, so that callbacks know in their ``setup``; it would later."""
+        """Tells the trainer now what it goes on from, so that callbacks know in their ``setup``; it would later.
+
+        Lightning has no public function for what ``last`` and a requeued cluster job go on from.
+        """
         arguments = self.config_init[self.config_init.subcommand]
-        if arguments.ckpt_path not in (None, "best", "last", "hpc"):
-            self.trainer.ckpt_path = arguments.ckpt_path
-            arguments.ckpt_path = None
+        self.trainer.ckpt_path = self.trainer._checkpoint_connector._select_ckpt_path(
+            TrainerFn.FITTING, arguments.ckpt_path, model_provided=True, model_connected=False
+        )
+        arguments.ckpt_path = None
 
 
 def _check_resumable(path: str) -> None:

@@ -36,7 +36,10 @@ class ChannelPruning(L.Callback):
     so in its checkpoints. One process decides, and all remove the same.
 
     What is left is drawn in ``kept_channels.png`` in the trainer's root folder, which goes to the loggers together with
-    parameters and MACs (and milliseconds, where the target is a speed) before and after.
+    parameters, MACs and milliseconds before and after.
+
+    With several processes the others wait for the first one. A search for a speed takes a dozen timings, so for a large
+    network it may take longer than they wait (with NCCL 10 minutes, ``timeout`` of Lightning's ``DDPStrategy``).
 
     Args:
         ratio: Share of the channels of every layer to remove, 0 to 1; not used with ``target``.
@@ -119,6 +122,8 @@ class ChannelPruning(L.Callback):
         if trainer.ckpt_path is not None:
             return  # the checkpoint brings plan and weights
         decided = trainer.strategy.broadcast(self._decide(trainer, pl_module) if trainer.is_global_zero else None)
+        if isinstance(decided, InputError):
+            raise decided
         assert decided is not None
         plan, statistics = decided
         apply_plan(network, plan)
@@ -137,7 +142,14 @@ class ChannelPruning(L.Callback):
         if self._change is not None and trainer.ckpt_path is None:
             self._publish(trainer, self._change)
 
-    def _decide(self, trainer: L.Trainer, module: RetinaFaceModule) -> tuple[Plan, dict[str, Tensor]]:
+    def _decide(self, trainer: L.Trainer, module: RetinaFaceModule) -> tuple[Plan, dict[str, Tensor]] | InputError:
+        """As :meth:`_plan`; an error is returned, so that it ends the processes that wait for an answer as well."""
+        try:
+            return self._plan(trainer, module)
+        except InputError as error:
+            return error
+
+    def _plan(self, trainer: L.Trainer, module: RetinaFaceModule) -> tuple[Plan, dict[str, Tensor]]:
         """Chooses what goes, and estimates the batch norms' statistics of what is left."""
         network = module.network
         assert isinstance(network, RetinaFace)
@@ -152,8 +164,7 @@ class ChannelPruning(L.Callback):
 
             plan = make_plan(network, self.settings, gradients, speedup)
             apply_plan(pruned, plan)
-            by_speed = self.settings.target is not None and self.settings.target.speedup is not None
-            timings = measure(pruned) if by_speed else None
+            timings = None if trainer.fast_dev_run else measure(pruned)  # type: ignore[attr-defined]
         self._change = Change(compare(network, pruned, self.size), timings)
         if self.recalibrate:
             device = trainer.strategy.root_device
@@ -201,7 +212,7 @@ class Change:
 
     Attributes:
         description: What is left, layer by layer.
-        timings: Of the network before and after; None if the speed was not asked for.
+        timings: Of the network before and after; None in a ``fast_dev_run``.
     """
 
     description: Description

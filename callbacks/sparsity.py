@@ -1,5 +1,6 @@
 """Makes channels easier to remove: those that matter least are pushed towards zero while the network is trained."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import lightning as L
@@ -10,7 +11,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_modules import RetinaFaceModule
-from retinaface.compression.channel_groups import example_input, heads
+from retinaface.compression.channel_groups import example_input, heads, modules_below
 from retinaface.errors import InputError
 from retinaface.model.network import RetinaFace
 
@@ -30,20 +31,23 @@ class SparsityRegularization(L.Callback):
     Args:
         method: Which regularisation.
         strength: Its weight: the gradient of a channel's weights is raised by about this share of them.
+        keep: Modules, with all below them, whose output channels are left alone; those that the pruning will ``keep``.
 
     Raises:
-        InputError: A setting is out of range; when a fit begins, the network is quantized.
+        InputError: A setting is out of range; when a fit begins, ``keep`` names an unknown module, the network is
+            quantized, or the fit goes on from a checkpoint with another method or ``keep``.
     """
 
-    def __init__(self, method: Method = "group_lasso", strength: float = 5e-4) -> None:
+    def __init__(self, method: Method = "group_lasso", strength: float = 5e-4, keep: Sequence[str] = ()) -> None:
         if method not in get_args(Method):
             raise InputError(f"sparsity: method is {method!r}; expected one of {', '.join(get_args(Method))}")
         if strength <= 0:
             raise InputError(f"sparsity: strength is {strength}; expected more than 0")
         self.method = method
         self.strength = strength
+        self.keep = tuple(keep)
         self._pruner: Any = None
-        self._restored: list[Tensor] = []
+        self._restored: list[Tensor] | None = None
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -54,18 +58,29 @@ class SparsityRegularization(L.Callback):
         training = network.training
         self._pruner = self._make_pruner(network, pl_module.device)
         network.train(training)  # following the dependencies leaves it in evaluation mode
-        if self._restored:
-            self._pruner.group_reg = dict(zip(self._pruner.group_reg, self._restored, strict=True))
+        if self._restored is not None:
+            grown = self._grown()
+            if [each.shape for each in grown] != [each.shape for each in self._restored]:
+                raise InputError(
+                    f"{trainer.ckpt_path}: was trained with another method or keep of the sparsity, which cannot "
+                    "change within a fit; set what it began with"
+                )
+            if grown:
+                self._pruner.group_reg = dict(zip(self._pruner.group_reg, self._restored, strict=True))
 
     def _make_pruner(self, network: RetinaFace, device: torch.device) -> Any:  # noqa: ANN401
         example, importance = example_input().to(device), tp.importance.MagnitudeImportance(p=2)
+        kept = [network.get_submodule(name) for name in modules_below(network, self.keep, "sparsity: keep")]
+        ignored = [*heads(network), *kept]
         if self.method == "group_lasso":
-            return tp.pruner.GroupNormPruner(
-                network, example, importance, reg=self.strength, ignored_layers=heads(network)
-            )
+            return tp.pruner.GroupNormPruner(network, example, importance, reg=self.strength, ignored_layers=ignored)
         return tp.pruner.GrowingRegPruner(
-            network, example, importance, reg=self.strength, delta_reg=self.strength, ignored_layers=heads(network)
+            network, example, importance, reg=self.strength, delta_reg=self.strength, ignored_layers=ignored
         )
+
+    def _grown(self) -> list[Tensor]:
+        """How hard each channel of each group is pulled by now; nothing with ``group_lasso``."""
+        return [] if self._pruner is None or self.method == "group_lasso" else [*self._pruner.group_reg.values()]
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
@@ -78,8 +93,7 @@ class SparsityRegularization(L.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        grown = [] if self._pruner is None or self.method == "group_lasso" else [*self._pruner.group_reg.values()]
-        return {"strengths": grown}
+        return {"strengths": self._grown()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -183,7 +183,7 @@ def sensitivity(
         root: Data root in WIDER FACE layout.
         purpose: The compression: pruning removes 25, 50 and 75 % of each group's channels.
         out: Folder to write to.
-        limit: Use only this many validation photos, the first ones.
+        limit: Use only this many validation photos, spread over all of them.
         recalibrate: Training photos over which batch statistics are estimated anew after each surgery; 0 for none.
         importance: How channels are scored.
         size: Side in pixels of the picture for the timing.

@@ -97,7 +97,7 @@ def measure_sensitivity(
     Args:
         model: Float detector (.pth or .ckpt).
         root: Data root whose validation photos count; its training photos give the statistics.
-        limit: Use only this many validation photos, the first ones; None uses all.
+        limit: Use only this many validation photos, spread over all of them; None uses all.
         recalibrate: Training photos for the statistics; 0 leaves them as they are.
         importance: How channels are scored, all but ``taylor``, which needs training batches.
         size: Side in pixels of the picture for the timing.
@@ -112,7 +112,7 @@ def measure_sensitivity(
     if importance == "taylor":
         raise InputError("sensitivity: importance taylor needs the gradients of a training; choose another")
     network, _ = load_float_network(model)
-    samples = load_split(root, "val")[:limit]
+    samples = _spread(load_split(root, "val"), limit)
     photos = [_as_input(sample) for sample in load_split(root, "train")[:recalibrate]] if recalibrate else []
     groups = find_groups(network, importance)
     with tempfile.TemporaryDirectory() as folder:
@@ -133,6 +133,12 @@ def measure_sensitivity(
             ]
             found.append(GroupSensitivity(group.name, group.channels, points))
     return Sensitivity(whole, len(samples), found)
+
+
+def _spread(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
+    """That many samples at equal distances: photos of one kind often lie side by side."""
+    count = len(samples) if limit is None else min(limit, len(samples))
+    return [samples[index * len(samples) // count] for index in range(count)]
 
 
 def _pruned(
