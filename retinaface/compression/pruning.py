@@ -39,7 +39,9 @@ Losses = Mapping[str, Mapping[float, float]]
 _TOLERANCE = 0.05
 _CLOSE = 0.01
 _CLOSE_IN_TIME = 0.02  # timings are no more exact than that
-_FINALISTS, _RETIMINGS = 3, 2  # of the plans that came nearest to a speed, how many are timed again, how often
+# Of the plans that came nearest to a speed: how many are timed again, how often, and how often it is searched anew
+# because none of them is near any more.
+_FINALISTS, _RETIMINGS, _SEARCHES = 3, 2, 3
 _PRECISION = 2**-12  # of the ratio: finer than the channels of any layer
 
 
@@ -246,63 +248,87 @@ def _search(
         InputError: Even with all removed that may be, too much is left; or too little with only what must be.
     """
     least, most = bounds
-    wanted = target.share
-    close = _CLOSE if target.speedup is None else _CLOSE_IN_TIME
-    seen: dict[str, tuple[float, Plan]] = {}
-
-    def cost_of(plan: Plan) -> float:
-        pruned = deepcopy(network)
-        apply_plan(pruned, plan)
-        return cost(pruned)
-
-    def share(plan: Plan) -> float:
-        key = json.dumps(plan)
-        if key not in seen:  # rounding makes many strengths the same
-            seen[key] = cost_of(plan), plan
-        return seen[key][0]
-
-    def bisect(plan_of: Callable[[float], Plan], low: float, high: float, precision: float) -> tuple[Plan, Plan]:
-        """The last plans that leave too much and enough."""
-        while high - low > precision and abs(share(nearest()) / wanted - 1) > close:
-            middle = (low + high) / 2
-            low, high = (middle, high) if share(plan_of(middle)) > wanted else (low, middle)
-        return plan_of(low), plan_of(high)
-
-    def distance(found: tuple[float, Plan]) -> float:
-        return abs(found[0] / wanted - 1)
-
-    def nearest() -> Plan:
-        return min(seen.values(), key=distance)[1]
-
-    smallest = share(plan_at(most))
-    if smallest > wanted * (1 + _TOLERANCE):
+    timed = target.speedup is not None
+    tried = _Tried(network, cost, target.share, close=_CLOSE_IN_TIME if timed else _CLOSE)
+    smallest = tried.share(plan_at(most))
+    if smallest > target.share * (1 + _TOLERANCE):
         raise InputError(
-            f"pruning: target {_described(target, wanted)} cannot be reached: with all removed that may be, "
+            f"pruning: target {_described(target, target.share)} cannot be reached: with all removed that may be, "
             f"{_described(target, smallest)} is left; set a target that is nearer, a higher max_ratio, a lower "
             "min_channels or round_to, or fewer modules in keep"
         )
-    if (forced := plan_at(least)) and (largest := share(forced)) < wanted * (1 - _TOLERANCE):
+    if (forced := plan_at(least)) and (largest := tried.share(forced)) < target.share * (1 - _TOLERANCE):
         raise InputError(
-            f"pruning: target {_described(target, wanted)} cannot be met: with nothing removed but what `ratios` says, "
-            f"{_described(target, largest)} is left already; lower those ratios or set a target that is further"
+            f"pruning: target {_described(target, target.share)} cannot be met: with nothing removed but what `ratios` "
+            f"says, {_described(target, largest)} is left already; lower those ratios or set a target that is further"
         )
-    fewer, more = bisect(plan_at, least, most, (most - least) * _PRECISION)
-    # Layers of equal width lose their next channels all at once: try some of them.
-    steps = _steps_between(groups, fewer, more)
-    bisect(lambda step: steps[int(step)], 0, len(steps) - 1, 1)
-    found = sorted(seen.values(), key=distance)
-    if target.speedup is not None:  # what came nearest may owe that to the noise
-        again = [[cost_of(plan) for _, plan in found[:_FINALISTS]] for _ in range(_RETIMINGS)]
-        means = [statistics.mean(times) for times in zip(*again, strict=True)]
-        found = sorted(zip(means, [plan for _, plan in found[:_FINALISTS]], strict=True), key=distance)
-    left, plan = found[0]
-    if distance(found[0]) > _TOLERANCE:
-        warnings.warn(
-            f"pruning: target {_described(target, wanted)} is missed: {_described(target, left)} is the nearest "
-            "that was found; a lower round_to makes smaller steps",
-            stacklevel=3,
-        )
+    for _ in range(_SEARCHES if timed else 1):
+        fewer, more = tried.bisect(plan_at, least, most, (most - least) * _PRECISION)
+        # Layers of equal width lose their next channels all at once: try some of them.
+        steps = _steps_between(groups, fewer, more)
+        tried.bisect(lambda step, steps=steps: steps[int(step)], 0, len(steps) - 1, 1)
+        finalists = tried.nearest(_FINALISTS if timed else 1)
+        if timed:  # what came nearest may owe that to the noise
+            for each in finalists:
+                tried.measure_again(each)
+        plan = min(finalists, key=tried.distance)
+        if tried.distance(plan) <= _TOLERANCE:
+            return plan
+    warnings.warn(
+        f"pruning: target {_described(target, target.share)} is missed: {_described(target, tried.share(plan))} is the "
+        "nearest that was found; a lower round_to makes smaller steps",
+        stacklevel=3,
+    )
     return plan
+
+
+class _Tried:
+    """Plans that were tried, and which share of the network's cost each leaves.
+
+    Args:
+        network: What the plans are for.
+        cost: Share of its cost that a pruned network has.
+        wanted: The share that is looked for.
+        close: How far from it, relative to it, is near enough to look no further.
+    """
+
+    def __init__(self, network: RetinaFace, cost: Callable[[RetinaFace], float], wanted: float, close: float) -> None:
+        self.network = network
+        self.cost = cost
+        self.wanted = wanted
+        self.close = close
+        self._found: dict[str, tuple[float, Plan]] = {}
+
+    def share(self, plan: Plan) -> float:
+        """What is left with a plan; rounding makes many plans the same, each is measured once."""
+        key = json.dumps(plan)
+        if key not in self._found:
+            self._found[key] = self._measure(plan), plan
+        return self._found[key][0]
+
+    def measure_again(self, plan: Plan) -> None:
+        """Replaces what was measured by a mean that does not include it."""
+        self._found[json.dumps(plan)] = statistics.mean(self._measure(plan) for _ in range(_RETIMINGS)), plan
+
+    def distance(self, plan: Plan) -> float:
+        """How far from what is wanted, relative to it."""
+        return abs(self.share(plan) / self.wanted - 1)
+
+    def nearest(self, count: int = 1) -> list[Plan]:
+        """The plans that came nearest to what is wanted, nearest first."""
+        return sorted((plan for _, plan in self._found.values()), key=self.distance)[:count]
+
+    def bisect(self, plan_of: Callable[[float], Plan], low: float, high: float, precision: float) -> tuple[Plan, Plan]:
+        """The last plans that leave too much and enough."""
+        while high - low > precision and self.distance(self.nearest()[0]) > self.close:
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.share(plan_of(middle)) > self.wanted else (low, middle)
+        return plan_of(low), plan_of(high)
+
+    def _measure(self, plan: Plan) -> float:
+        pruned = deepcopy(self.network)
+        apply_plan(pruned, plan)
+        return self.cost(pruned)
 
 
 def _steps_between(groups: Sequence[ChannelGroup], fewer: Plan, more: Plan) -> list[Plan]:
