@@ -265,8 +265,7 @@ def _search(
     for _ in range(_SEARCHES if timed else 1):
         fewer, more = tried.bisect(plan_at, least, most, (most - least) * _PRECISION)
         # Layers of equal width lose their next channels all at once: try some of them.
-        steps = _steps_between(groups, fewer, more)
-        tried.bisect(lambda step, steps=steps: steps[int(step)], 0, len(steps) - 1, 1)
+        tried.bisect_steps(_steps_between(groups, fewer, more))
         finalists = tried.nearest(_FINALISTS if timed else 1)
         if timed:  # what came nearest may owe that to the noise
             for each in finalists:
@@ -324,6 +323,10 @@ class _Tried:
             middle = (low + high) / 2
             low, high = (middle, high) if self.share(plan_of(middle)) > self.wanted else (low, middle)
         return plan_of(low), plan_of(high)
+
+    def bisect_steps(self, steps: Sequence[Plan]) -> None:
+        """As :meth:`bisect`, over plans that remove more and more."""
+        self.bisect(lambda step: steps[int(step)], 0, len(steps) - 1, 1)
 
     def _measure(self, plan: Plan) -> float:
         pruned = deepcopy(self.network)
