@@ -12,6 +12,7 @@ from retinaface.compression.quantization import (
     QuantizationSettings,
     prepare_for_training,
 )
+from retinaface.compression.quantizer import BackendName
 from retinaface.errors import InputError
 from retinaface.model.network import RetinaFace
 
@@ -24,19 +25,34 @@ class QuantizationAwareTraining(L.Callback):
     Args:
         keep_float: Modules, with all below them, that stay in float, such as ``backbone.stage1`` or ``class_heads``.
         averaging: Weight of the newest batch in the moving average of each activation's range.
-        freeze_at: Share of the epochs after which ranges and batch statistics stand still, above 0 (they
-            need data first), up to 1 (never).
+        freeze_at: Share of the epochs after which the ranges of the activations stand still, above 0 (they need data
+            first), up to 1 (never).
+        freeze_statistics_at: The same for the statistics of the batch norms; by default together with the ranges.
+        backend: The runtime that it is for: ``onnxruntime``, ``openvino`` or ``tensorrt``.
+        weight_bits: 8, or 7 for CPUs without VNNI.
 
     Raises:
         InputError: A number is out of range; when a fit begins, ``keep_float`` names an unknown module, the network is
             quantized already, or the fit goes on from a checkpoint that was not prepared for INT8.
     """
 
-    def __init__(self, keep_float: Sequence[str] = HEADS, averaging: float = 0.02, freeze_at: float = 0.5) -> None:
-        self.settings = QuantizationSettings(tuple(keep_float), averaging)
-        if not 0 < freeze_at <= 1:
-            raise InputError(f"quantization: freeze_at is {freeze_at}; expected a share of the epochs above 0, up to 1")
+    def __init__(
+        self,
+        keep_float: Sequence[str] = HEADS,
+        averaging: float = 0.02,
+        freeze_at: float = 0.5,
+        freeze_statistics_at: float | None = None,
+        backend: BackendName = "onnxruntime",
+        weight_bits: int = 8,
+    ) -> None:
+        self.settings = QuantizationSettings(tuple(keep_float), averaging, backend, weight_bits)
         self.freeze_at = freeze_at
+        self.freeze_statistics_at = freeze_at if freeze_statistics_at is None else freeze_statistics_at
+        for name in ("freeze_at", "freeze_statistics_at"):
+            if not 0 < getattr(self, name) <= 1:
+                raise InputError(
+                    f"quantization: {name} is {getattr(self, name)}; expected a share of the epochs above 0, up to 1"
+                )
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -62,4 +78,6 @@ class QuantizationAwareTraining(L.Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module.network, FakeQuantizedRetinaFace)
         epochs = trainer.max_epochs or -1
-        pl_module.network.freeze(epochs > 0 and trainer.current_epoch >= self.freeze_at * epochs)
+        done = trainer.current_epoch / epochs if epochs > 0 else 0.0
+        pl_module.network.ranges_frozen = done >= self.freeze_at
+        pl_module.network.statistics_frozen = done >= self.freeze_statistics_at

@@ -1,38 +1,33 @@
 """INT8: fake-quantization for training, and conversion to real INT8 weights.
 
-Built on torchao's PT2E flow (export, annotate, prepare, train, convert). The quantizer here is the project's own: it
-annotates exactly the operations that ONNX Runtime executes in INT8, so that no convolution falls back to float by
-accident.
+Built on torchao's PT2E flow (export, annotate, prepare, train, convert).
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
-from torchao.quantization.pt2e import FusedMovingAvgObsFakeQuantize
-from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
-from torchao.quantization.pt2e.observer import MovingAverageMinMaxObserver
+from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
-from torchao.quantization.pt2e.quantizer import (
-    QuantizationAnnotation,
-    QuantizationSpec,
-    QuantizationSpecBase,
-    Quantizer,
-    SharedQuantizationSpec,
-)
 from torchao.quantization.pt2e.utils import fold_bn_weights_into_conv_node
 
+from retinaface.compression.quantizer import (
+    BACKENDS,
+    CONVOLUTIONS,
+    ActivationFakeQuantize,
+    BackendName,
+    BackendQuantizer,
+    PerChannelFakeQuantize,
+    is_in,
+    only_user,
+    ops,
+)
 from retinaface.errors import InputError
 from retinaface.model.network import DYNAMIC_SHAPE, Outputs, RetinaFace, export_example, matching_modules
-
-_ops = torch.ops.aten
-_CONVOLUTIONS = {_ops.conv2d.default}
-_ADDITIONS = {_ops.add.Tensor}
-_POOLING = {_ops.max_pool2d.default, _ops.upsample_nearest2d.vec}
 
 HEADS = ("class_heads", "box_heads", "landmark_heads")
 
@@ -50,193 +45,31 @@ class QuantizationSettings:
             convolution (with ReLU) between two in INT8 stays in float in the file, but ONNX Runtime rounds its weights
             on its own; name a whole block.
         averaging: Weight of the newest batch in the moving average of each activation's range.
+        backend: The runtime that it is for: ``onnxruntime``, ``openvino`` or ``tensorrt``.
+        weight_bits: 8, or 7 for CPUs without VNNI, whose sums of products of 8-bit numbers saturate at 16 bits.
     """
 
     keep_float: Sequence[str] = field(default=HEADS)
     averaging: float = 0.02
+    backend: BackendName = "onnxruntime"
+    weight_bits: int = 8
 
     def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise InputError(
+                f"quantization: backend is {self.backend!r}; expected one of {', '.join(get_args(BackendName))}"
+            )
+        if self.weight_bits not in (7, 8):
+            raise InputError(f"quantization: weight_bits is {self.weight_bits}; expected 8, or 7 for CPUs without VNNI")
         if not 0 < self.averaging <= 1:
             raise InputError(f"quantization: averaging is {self.averaging}; expected a weight above 0, up to 1")
-
-
-class ActivationFakeQuantize(FusedMovingAvgObsFakeQuantize):
-    """Rounds activations to uint8 over the moving average of their range.
-
-    Scale and zero point are written out as the kernel that rounded in training computed them. The observer would
-    compute them once more, in another way, and not always come to the same.
-    """
-
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point, ``(1,)`` each, as last used."""
-        return self.scale, self.zero_point
-
-    def forward(self, X: Tensor) -> Tensor:
-        """Keeps shape and type; rounds in float32, also where autocast computes in bfloat16."""
-        rounded: Tensor = super().forward(X.float())
-        return rounded.to(X.dtype)
-
-
-class PerChannelFakeQuantize(FakeQuantizeBase):
-    """Rounds weights to symmetric INT8, one scale per output channel, always that of the weights as they are.
-
-    torchao's fused kernel will not do: its scales are those of -128 to 127 and never below 6.1e-5, ``convert_pt2e``
-    writes those of -127 to 127. The network would be trained with weights that lie on another grid than the
-    exported ones, and the first convolution, whose weights are small since pictures reach to 255, on a very coarse one.
-    torchao's plain module would wait for the device at every weight.
-
-    Args:
-        dtype: Type of the integers.
-        qscheme: As torchao calls it; ``torch.per_channel_symmetric``.
-        quant_min: Smallest integer.
-        quant_max: Largest integer.
-        ch_axis: Dimension of the output channels.
-        is_dynamic: False.
-    """
-
-    def __init__(
-        self, dtype: torch.dtype, qscheme: torch.qscheme, quant_min: int, quant_max: int, ch_axis: int, is_dynamic: bool
-    ) -> None:
-        super().__init__()
-        self.dtype = dtype
-        self.qscheme = qscheme
-        self.quant_min = quant_min
-        self.quant_max = quant_max
-        self.ch_axis = ch_axis
-        self.is_dynamic = is_dynamic
-        self.scale = torch.ones(1)
-
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """Scales float32 and zero points int64, ``(channels,)`` each, as last used."""
-        return self.scale, torch.zeros_like(self.scale, dtype=torch.int64)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Keeps the shape; gradients pass straight through."""
-        channels_first = weight.detach().float().transpose(0, self.ch_axis).flatten(1)
-        scale = channels_first.abs().amax(dim=1) / self.quant_max
-        self.scale = scale.clamp(min=torch.finfo(torch.float32).eps)
-        return torch.fake_quantize_per_channel_affine(
-            weight,
-            self.scale,
-            torch.zeros_like(self.scale, dtype=torch.int32),
-            self.ch_axis,
-            self.quant_min,
-            self.quant_max,
-        )
-
-
-class OnnxRuntimeQuantizer(Quantizer):
-    """Annotates what ONNX Runtime's CPU provider has INT8 kernels for.
-
-    Activations are uint8 with a zero point, over the full range of 8 bits; weights are int8, symmetric, one scale per
-    output channel.
-
-    Args:
-        keep_float: Names of the modules that stay in float.
-        averaging: Weight of the newest batch in the moving average of each activation's range.
-    """
-
-    def __init__(self, keep_float: Sequence[str], averaging: float) -> None:
-        super().__init__()
-        self.keep_float = tuple(keep_float)
-        self.activation = QuantizationSpec(
-            dtype=torch.uint8,
-            quant_min=0,
-            quant_max=255,
-            qscheme=torch.per_tensor_affine,
-            observer_or_fake_quant_ctr=ActivationFakeQuantize.with_args(
-                observer=MovingAverageMinMaxObserver, averaging_constant=averaging
-            ),
-        )
-        self.weight = QuantizationSpec(
-            dtype=torch.int8,
-            quant_min=-127,
-            quant_max=127,
-            qscheme=torch.per_channel_symmetric,
-            ch_axis=0,
-            observer_or_fake_quant_ctr=PerChannelFakeQuantize,
-        )
-
-    def annotate(self, model: GraphModule) -> GraphModule:
-        """Says, for each node, which inputs and outputs are quantized."""
-        for node in model.graph.nodes:
-            if node.op != "call_function" or _is_in(node, self.keep_float):
-                continue
-            if node.target in _CONVOLUTIONS:
-                inputs = {node.args[0]: self.activation, node.args[1]: self.weight}
-                self._annotate_fused(node, inputs, _with_batch_norm_and_relu(node))
-            elif node.target in _ADDITIONS and all(isinstance(arg, Node) and _is_map(arg) for arg in node.args):
-                self._annotate_fused(node, dict.fromkeys(node.args, self.activation), _with_relu(node))
-            elif node.target is _ops.leaky_relu.default:
-                _set(node, {node.args[0]: self.activation}, self.activation)
-            elif node.target in _POOLING:
-                _set(node, {node.args[0]: self.activation}, SharedQuantizationSpec((node.args[0], node)))
-            elif node.target is _ops.cat.default and _is_map(node):
-                first, *others = node.args[0]
-                shared = SharedQuantizationSpec((first, node))
-                _set(node, {first: self.activation, **dict.fromkeys(others, shared)}, shared)
-        return model
-
-    def _annotate_fused(self, node: Node, inputs: dict[Any, QuantizationSpecBase], end: Node) -> None:
-        """Annotates the nodes from ``node`` to ``end``, which run as one operation: only its output is rounded."""
-        _set(node, inputs, self.activation if end is node else None)
-        for fused in _path(node, end):
-            _set(fused, {}, self.activation if fused is end else None)
-
-    def validate(self, model: GraphModule) -> None:
-        """Nothing to check: the annotation is made for this project's own graphs."""
-
-
-def _set(node: Node, inputs: dict[Any, QuantizationSpecBase], output: QuantizationSpecBase | None) -> None:
-    node.meta["quantization_annotation"] = QuantizationAnnotation(inputs, output, _annotated=True)
-
-
-def _only_user(node: Node) -> Node | None:
-    users = list(node.users)
-    return users[0] if len(users) == 1 else None
-
-
-def _with_relu(node: Node) -> Node:
-    user = _only_user(node)
-    return user if user is not None and user.target is _ops.relu.default else node
-
-
-def _with_batch_norm_and_relu(node: Node) -> Node:
-    """Last node of convolution, batch norm and ReLU that run as one operation."""
-    user = _only_user(node)
-    return _with_relu(user if user is not None and user.target is _ops.batch_norm.default else node)
-
-
-def _path(start: Node, end: Node) -> Iterator[Node]:
-    """The nodes after ``start`` up to ``end``, each the only user of the one before."""
-    while start is not end:
-        start = next(iter(start.users))
-        yield start
-
-
-def _is_map(node: Node) -> bool:
-    """Whether a node's value is a batch of feature maps, (B, C, H, W), rather than outputs per anchor."""
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.dim() == 4
-
-
-def module_name(node: Node) -> str:
-    """Dotted name of the module that a graph node came from; empty for none."""
-    stack = node.meta.get("nn_module_stack") or {}
-    names = [name for name, _ in stack.values()]
-    return str(names[-1]) if names else ""
-
-
-def _is_in(node: Node, modules: Sequence[str]) -> bool:
-    name = module_name(node)
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 class FakeQuantizedRetinaFace(nn.Module):
     """A network whose graph rounds weights and activations as INT8 will, with gradients passed straight through.
 
     In training mode batch norms use and update batch statistics and the ranges of activations follow the data; in
-    evaluation mode, or once :meth:`freeze` was called, both stand still. The ranges of the weights always follow them.
+    evaluation mode, or once they are frozen, they stand still. The ranges of the weights always follow them.
 
     An exported graph cannot be switched with ``train()`` and ``eval()``, and Lightning sets the ``training`` attribute
     without calling them. So the graph is brought into the module's mode when it is next run.
@@ -244,22 +77,23 @@ class FakeQuantizedRetinaFace(nn.Module):
     Args:
         graph: From ``prepare_qat_pt2e``.
         network: The float network that it was exported from.
+
+    Attributes:
+        statistics_frozen: Whether the batch norms use and keep the statistics that they have, in training too.
+        ranges_frozen: Whether the ranges of the activations stand still, in training too.
     """
 
     def __init__(self, graph: GraphModule, network: RetinaFace) -> None:
         super().__init__()
         self.config = network.config
         self.graph = graph
-        self.frozen = False
-        self._mode: bool | None = None
+        self.statistics_frozen = False
+        self.ranges_frozen = False
+        self._mode: tuple[bool, bool] | None = None
         self.register_load_state_dict_post_hook(FakeQuantizedRetinaFace._forget_mode)
 
     def _forget_mode(self, _: object = None) -> None:
         self._mode = None
-
-    def freeze(self, frozen: bool = True) -> None:
-        """Stops (or lets go on) the updates of batch statistics and of the ranges of activations."""
-        self.frozen = frozen
 
     def train(self, mode: bool = True) -> "FakeQuantizedRetinaFace":
         """Sets the mode of this module and its observers; the graph itself refuses to be asked."""
@@ -268,23 +102,42 @@ class FakeQuantizedRetinaFace(nn.Module):
 
     def forward(self, images: Tensor) -> Outputs:
         """As :meth:`retinaface.model.network.RetinaFace.forward`."""
-        live = self.training and not self.frozen
-        if live != self._mode:
-            self._switch(live)
+        mode = (self.training and not self.statistics_frozen, self.training and not self.ranges_frozen)
+        if mode != self._mode:
+            self._switch(*mode)
         outputs: Outputs = self.graph(images)
         return outputs
 
-    def _switch(self, live: bool) -> None:
+    def _switch(self, live_statistics: bool, live_ranges: bool) -> None:
         for node in self.graph.graph.nodes:
-            if node.target is _ops.batch_norm.default:
-                node.update_arg(5, live)
-            elif node.target is _ops.add_.Tensor:
-                node.update_arg(1, int(live))  # number of batches seen by a batch norm
+            if node.target is ops.batch_norm.default:
+                node.update_arg(5, live_statistics)
+            elif node.target is ops.add_.Tensor:
+                node.update_arg(1, int(live_statistics))  # number of batches seen by a batch norm
         self.graph.recompile()
+        for activation in self.activations():
+            activation.enable_observer(live_ranges)
+        self._mode = (live_statistics, live_ranges)
+
+    def activations(self) -> list[ActivationFakeQuantize]:
+        """What rounds the activations, each once."""
+        return [module for module in self.graph.modules() if isinstance(module, ActivationFakeQuantize)]
+
+    @contextmanager
+    def without_rounding(self) -> Iterator[None]:
+        """Computes in float for a while."""
+        self._round(False)
+        try:
+            yield
+        finally:
+            self._round(True)
+
+    def _round(self, rounds: bool) -> None:
+        for activation in self.activations():
+            activation.enable_fake_quant(rounds)
         for module in self.graph.modules():
-            if isinstance(module, ActivationFakeQuantize):
-                module.enable_observer(live)
-        self._mode = live
+            if isinstance(module, PerChannelFakeQuantize):
+                module.rounds = rounds
 
 
 def prepare_for_training(network: RetinaFace, settings: QuantizationSettings) -> FakeQuantizedRetinaFace:
@@ -311,7 +164,8 @@ def prepare_for_training(network: RetinaFace, settings: QuantizationSettings) ->
     graph = _export(network)
     _free_convolutions(graph)
     _part_float_convolutions(graph, keep_float)
-    prepared = prepare_qat_pt2e(graph, OnnxRuntimeQuantizer(keep_float, settings.averaging))
+    quantizer = BackendQuantizer(settings.backend, keep_float, settings.averaging, settings.weight_bits)
+    prepared = prepare_qat_pt2e(graph, quantizer)
     return FakeQuantizedRetinaFace(prepared, network).train(network.training)
 
 
@@ -339,10 +193,10 @@ def _free_convolutions(graph: GraphModule) -> None:
     A convolution whose output is also asked for its size has two users and would not be folded with its batch norm.
     """
     for node in list(graph.graph.nodes):
-        if node.target is _ops.sym_size.int and node.args[0].target in _CONVOLUTIONS:
+        if node.target is ops.sym_size.int and node.args[0].target in CONVOLUTIONS:
             source = node.args[0]
-            end = next(user for user in source.users if user.target is _ops.batch_norm.default)
-            end = _only_user(end) or end
+            end = next(user for user in source.users if user.target is ops.batch_norm.default)
+            end = only_user(end) or end
             node.update_arg(0, end)
             end.append(node)
     graph.graph.lint()
@@ -356,9 +210,9 @@ def _part_float_convolutions(graph: GraphModule, keep_float: Sequence[str]) -> N
     a float pair would be left with three extra operations and its batch norm.
     """
     for node in list(graph.graph.nodes):
-        if node.target is _ops.batch_norm.default and _is_in(convolution := node.args[0], keep_float):
+        if node.target is ops.batch_norm.default and is_in(convolution := node.args[0], keep_float):
             with graph.graph.inserting_after(convolution):
-                parted = graph.graph.call_function(_ops.alias.default, (convolution,))
+                parted = graph.graph.call_function(ops.alias.default, (convolution,))
             node.update_arg(0, parted)
     graph.recompile()
 
@@ -369,7 +223,7 @@ def _fold_batch_norms(graph: GraphModule) -> None:
     torchao would do it for the quantized ones, at the price of a hundred exports of its search patterns (15 seconds).
     """
     for node in list(graph.graph.nodes):
-        if node.target is _ops.batch_norm.default:
+        if node.target is ops.batch_norm.default:
             source = node.args[0]  # the rescaling that training needs, or the no-op of a convolution in float
             convolution = source.args[0]
             weight = convolution.args[1]
@@ -378,7 +232,7 @@ def _fold_batch_norms(graph: GraphModule) -> None:
                 rounding.update_arg(0, weight)
             node.update_arg(0, convolution)
             fold_bn_weights_into_conv_node(convolution, weight, None, node, graph)
-        elif node.target is _ops.add_.Tensor:
+        elif node.target is ops.add_.Tensor:
             graph.graph.erase_node(node)  # number of batches seen
     graph.graph.eliminate_dead_code()
     graph.recompile()

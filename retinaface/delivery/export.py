@@ -7,9 +7,7 @@ import warnings
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
@@ -19,16 +17,18 @@ from retinaface.compression.quantization import FakeQuantizedRetinaFace, convert
 from retinaface.compression.structure import Network
 from retinaface.data.annotations import MEAN_BGR
 from retinaface.errors import InputError
-from retinaface.model.network import DYNAMIC_SHAPE, NetworkConfig, export_example
+from retinaface.model.network import DYNAMIC_SHAPE, NetworkConfig, Outputs, export_example
 
 METADATA_KEY = "retinaface_slim"
 INPUT_NAME = "images"
 OUTPUT_NAMES = ("class_logits", "box_deltas", "landmark_deltas")
 
-# Largest difference between ONNX Runtime and torch, relative to the spread of torch's output. Float: the largest of any
-# number. INT8: the mean, since a value that falls on the other side of a rounding step moves everything after it.
+# Largest difference between ONNX Runtime and torch. Float: of any number, relative to the spread of torch's output.
+# INT8: the mean, relative to what the rounding to INT8 costs. A value that falls on the other side of a rounding step
+# moves everything after it: of the public mobilenet0.25 on photos 0.01 % of the first convolution's outputs differ, by
+# one step, and half of those of the twentieth. Outputs differ by up to .95 of what rounding costs.
 _FLOAT_TOLERANCE = 1e-3
-_INT8_TOLERANCE = 0.1
+_INT8_TOLERANCE = 1.5
 
 
 def export_onnx(network: Network, path: Path) -> None:
@@ -48,14 +48,13 @@ def export_onnx(network: Network, path: Path) -> None:
         RuntimeError: ONNX Runtime's outputs differ from torch's; a fault of this project.
     """
     quantized = isinstance(network, FakeQuantizedRetinaFace)
-    tolerance = _INT8_TOLERANCE if quantized else _FLOAT_TOLERANCE
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # made first: the export takes a while
             graph = convert(network) if isinstance(network, FakeQuantizedRetinaFace) else deepcopy(network).cpu().eval()
             unchecked = Path(folder) / path.name
             onnx.save(_with_metadata(_to_onnx(graph), network.config, "int8" if quantized else "float32"), unchecked)
-            _check_outputs(graph, unchecked, tolerance, quantized)
+            _check_outputs(graph, network, unchecked)
             unchecked.replace(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error}); choose another file") from error
@@ -97,19 +96,31 @@ def _to_onnx(graph: nn.Module) -> onnx.ModelProto:
     return model
 
 
-def _check_outputs(graph: nn.Module, path: Path, tolerance: float, mean: bool) -> None:
+def _check_outputs(graph: nn.Module, network: Network, path: Path) -> None:
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     generator = torch.Generator().manual_seed(0)
     for shape in ((1, 3, 64, 96), (2, 3, 160, 120)):
         images = torch.rand(shape, generator=generator) * 255 - 110
         with torch.no_grad():
-            expected: tuple[Tensor, ...] = graph(images)
-        actual: list[Any] = session.run(list(OUTPUT_NAMES), {INPUT_NAME: images.numpy()})
-        for name, want, got in zip(OUTPUT_NAMES, expected, actual, strict=True):
-            error = np.abs(want.numpy() - got)
-            difference = (error.mean() if mean else error.max()) / (want.std().item() + 1e-6)
-            if not difference <= tolerance:
+            wanted: tuple[Tensor, ...] = graph(images)
+        found = [torch.from_numpy(output) for output in session.run(list(OUTPUT_NAMES), {INPUT_NAME: images.numpy()})]
+        if isinstance(network, FakeQuantizedRetinaFace):
+            exact = _without_rounding(network, images)
+            allowed = [_INT8_TOLERANCE * (a - b).abs().mean() for a, b in zip(wanted, exact, strict=True)]
+            differences = [(a - b).abs().mean() for a, b in zip(wanted, found, strict=True)]
+        else:
+            allowed = [_FLOAT_TOLERANCE * (output.std() + 1e-6) for output in wanted]
+            differences = [(a - b).abs().max() for a, b in zip(wanted, found, strict=True)]
+        for name, difference, most in zip(OUTPUT_NAMES, differences, allowed, strict=True):
+            if not difference <= most:
                 raise RuntimeError(
-                    f"{path.name}: {name} of ONNX Runtime differs from torch by {difference:.2g} of its spread; "
-                    f"at most {tolerance} was expected"
+                    f"{path.name}: {name} of ONNX Runtime differs from torch by {difference:.2g}; at most {most:.2g} "
+                    "was expected"
                 )
+
+
+def _without_rounding(network: FakeQuantizedRetinaFace, images: Tensor) -> Outputs:
+    network = deepcopy(network).cpu().eval()
+    with torch.no_grad(), network.without_rounding():
+        outputs: Outputs = network(images)
+    return outputs

@@ -10,13 +10,11 @@ from torch import nn
 
 from retinaface.compression.quantization import (
     HEADS,
-    ActivationFakeQuantize,
-    PerChannelFakeQuantize,
     QuantizationSettings,
     convert,
-    module_name,
     prepare_for_training,
 )
+from retinaface.compression.quantizer import ActivationFakeQuantize, PerChannelFakeQuantize, module_name
 from retinaface.delivery.export import export_onnx
 from retinaface.errors import InputError
 
@@ -148,13 +146,13 @@ def test_ranges_and_statistics_move_in_training_only(fresh):
 
 
 def test_they_stand_still_once_frozen_and_can_go_on(fresh):
-    fresh.freeze()
+    fresh.statistics_frozen = fresh.ranges_frozen = True
     statistics, ranges = batch_norm_buffers(fresh), activation_ranges(fresh)
     run(fresh.train(), pictures(7) * 2)
     assert not moved(statistics, batch_norm_buffers(fresh))
     assert activation_ranges(fresh) == ranges
     assert all(torch.equal(a, b) for a, b in zip(run(fresh.train()), run(fresh.eval()), strict=True))
-    fresh.freeze(False)
+    fresh.statistics_frozen = fresh.ranges_frozen = False
     run(fresh.train(), pictures(7) * 2)
     assert moved(statistics, batch_norm_buffers(fresh))
 
