@@ -77,15 +77,17 @@ class FakeQuantizedRetinaFace(nn.Module):
     Args:
         graph: From ``prepare_qat_pt2e``.
         network: The float network that it was exported from.
+        settings: What was prepared.
 
     Attributes:
         statistics_frozen: Whether the batch norms use and keep the statistics that they have, in training too.
         ranges_frozen: Whether the ranges of the activations stand still, in training too.
     """
 
-    def __init__(self, graph: GraphModule, network: RetinaFace) -> None:
+    def __init__(self, graph: GraphModule, network: RetinaFace, settings: QuantizationSettings) -> None:
         super().__init__()
         self.config = network.config
+        self.settings = settings
         self.graph = graph
         self.statistics_frozen = False
         self.ranges_frozen = False
@@ -166,7 +168,7 @@ def prepare_for_training(network: RetinaFace, settings: QuantizationSettings) ->
     _part_float_convolutions(graph, keep_float)
     quantizer = BackendQuantizer(settings.backend, keep_float, settings.averaging, settings.weight_bits)
     prepared = prepare_qat_pt2e(graph, quantizer)
-    return FakeQuantizedRetinaFace(prepared, network).train(network.training)
+    return FakeQuantizedRetinaFace(prepared, network, settings).train(network.training)
 
 
 def _has_convolution(module: nn.Module) -> bool:
