@@ -3,6 +3,7 @@
 from callbacks.evaluation_pictures import EvaluationPictures
 from callbacks.export import ExportOnnx
 from callbacks.image_logging import ImageLogging
+from callbacks.post_training_quantization import PostTrainingQuantization
 from callbacks.pruning import ChannelPruning
 from callbacks.quantization import QuantizationAwareTraining
 from callbacks.sparsity import SparsityRegularization
@@ -12,6 +13,7 @@ __all__ = [
     "EvaluationPictures",
     "ExportOnnx",
     "ImageLogging",
+    "PostTrainingQuantization",
     "QuantizationAwareTraining",
     "SparsityRegularization",
 ]

@@ -1,6 +1,6 @@
 """Post-training quantization: ranges from a few photos, and the biases that rounding shifts put right. No training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -16,8 +16,10 @@ from torchao.quantization.pt2e.observer import (
 
 from retinaface.compression.quantization import FakeQuantizedRetinaFace
 from retinaface.compression.quantizer import CONVOLUTIONS, ActivationFakeQuantize, ops
+from retinaface.data.annotations import Sample, evenly_spread, read_image
 from retinaface.errors import InputError
-from retinaface.progress import with_progress
+from retinaface.model.network import normalize, pad_small
+from retinaface.progress import SizedIterable, with_progress
 
 Observer = Literal["minmax", "moving_average", "histogram", "percentile"]
 
@@ -47,7 +49,7 @@ class CalibrationSettings:
             raise InputError(f"calibration: percentile is {self.percentile}; expected more than 50, up to 100")
 
 
-def calibrate(network: FakeQuantizedRetinaFace, pictures: Sequence[Tensor], settings: CalibrationSettings) -> None:
+def calibrate(network: FakeQuantizedRetinaFace, pictures: SizedIterable[Tensor], settings: CalibrationSettings) -> None:
     """Finds the ranges of the activations, without training.
 
     Args:
@@ -57,8 +59,6 @@ def calibrate(network: FakeQuantizedRetinaFace, pictures: Sequence[Tensor], sett
         settings: How.
     """
     network.eval()
-    device = next(network.parameters()).device
-    pictures = [batch.to(device) for batch in pictures]
     with torch.no_grad():
         with network.without_rounding():
             observers = _observe(network, pictures, settings.observer)
@@ -77,7 +77,7 @@ _OBSERVERS: dict[Observer, type[UniformQuantizationObserverBase]] = {
 
 
 def _observe(
-    network: FakeQuantizedRetinaFace, pictures: Sequence[Tensor], observer: Observer
+    network: FakeQuantizedRetinaFace, pictures: SizedIterable[Tensor], observer: Observer
 ) -> dict[ActivationFakeQuantize, UniformQuantizationObserverBase]:
     """Shows each activation to an observer of its own."""
     observers: dict[ActivationFakeQuantize, UniformQuantizationObserverBase] = {}
@@ -93,8 +93,9 @@ def _observe(
             dtype=wanted.dtype, qscheme=wanted.qscheme, quant_min=wanted.quant_min, quant_max=wanted.quant_max
         ).to(wanted.min_val.device)
         hooks.append(activation.register_forward_pre_hook(observe))
+    device = next(network.parameters()).device
     for batch in with_progress(pictures, "calibrating"):
-        network(batch)
+        network(batch.to(device))
     for hook in hooks:
         hook.remove()
     return observers
@@ -115,21 +116,42 @@ def _range(observer: UniformQuantizationObserverBase, settings: CalibrationSetti
     return observer.min_val, observer.max_val
 
 
-def _correct_biases(network: FakeQuantizedRetinaFace, pictures: Sequence[Tensor]) -> None:
+def _correct_biases(network: FakeQuantizedRetinaFace, pictures: SizedIterable[Tensor]) -> None:
     """Adds to each channel's bias what rounding took from its mean, the layers before it corrected already."""
     total: dict[Node, Tensor] = {}
+    device = next(network.parameters()).device
     for batch in with_progress(pictures, "correcting biases"):
         with network.without_rounding():
             exact = _ChannelMeans(network.graph)
-            exact.run(batch)
+            exact.run(batch.to(device))
         corrected = _ChannelMeans(network.graph, exact.means)
-        corrected.run(batch)
+        corrected.run(batch.to(device))
         for node, difference in corrected.differences.items():
             total[node] = total.get(node, 0) + difference
     for node, difference in total.items():
         name = node.args[2]
         assert isinstance(name, Node)
         network.graph.get_parameter(str(name.target)).add_(difference / len(pictures))
+
+
+class CalibrationPictures:
+    """Photos at their own size as a network takes them, each read when it is asked for: they may not fit in memory.
+
+    Args:
+        samples: Where to choose from.
+        count: How many, at equal distances; all if there are fewer.
+    """
+
+    def __init__(self, samples: Sequence[Sample], count: int) -> None:
+        self._paths = [sample.path for sample in evenly_spread(samples, count)]
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Gives ``(1, 3, H, W)`` float32; an InputError names a photo that cannot be read."""
+        for path in self._paths:
+            yield pad_small(normalize(torch.from_numpy(read_image(path)).permute(2, 0, 1)[None]))
 
 
 class _ChannelMeans(Interpreter):

@@ -376,6 +376,20 @@ def read_difficulty(folder: Path) -> dict[str, Difficulty]:
     return truth
 
 
+def evenly_spread(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
+    """That many samples at equal distances, all if there are fewer: photos of one kind often lie side by side.
+
+    Args:
+        samples: In the order of their split.
+        limit: How many; None takes all.
+
+    Returns:
+        The chosen ones, in the same order.
+    """
+    count = len(samples) if limit is None else min(limit, len(samples))
+    return [samples[index * len(samples) // count] for index in range(count)]
+
+
 def read_image(path: Path | str) -> NDArray[np.uint8]:
     """Reads a picture as annotated: in stored orientation, because boxes refer to the stored pixels.
 

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import update_bn
 from retinaface.compression.channel_groups import ChannelGroup, Importance, find_groups
 from retinaface.compression.pruning import PruningSettings, apply_plan, make_plan
 from retinaface.compression.structure import load_float_network
-from retinaface.data.annotations import Sample, load_split, read_image
+from retinaface.data.annotations import Sample, evenly_spread, load_split, read_image
 from retinaface.delivery.export import export_onnx
 from retinaface.delivery.runtime import load_detector
 from retinaface.errors import InputError
@@ -112,7 +112,7 @@ def measure_sensitivity(
     if importance == "taylor":
         raise InputError("sensitivity: importance taylor needs the gradients of a training; choose another")
     network, _ = load_float_network(model)
-    samples = _spread(load_split(root, "val"), limit)
+    samples = evenly_spread(load_split(root, "val"), limit)
     photos = [_as_input(sample) for sample in load_split(root, "train")[:recalibrate]] if recalibrate else []
     groups = find_groups(network, importance)
     with tempfile.TemporaryDirectory() as folder:
@@ -133,12 +133,6 @@ def measure_sensitivity(
             ]
             found.append(GroupSensitivity(group.name, group.channels, points))
     return Sensitivity(whole, len(samples), found)
-
-
-def _spread(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
-    """That many samples at equal distances: photos of one kind often lie side by side."""
-    count = len(samples) if limit is None else min(limit, len(samples))
-    return [samples[index * len(samples) // count] for index in range(count)]
 
 
 def _pruned(

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,11 @@ import train
 
 ROOT = Path(__file__).parents[2]
 EPOCHS = 3
+
+
+def without_export(patch: pytest.MonkeyPatch) -> None:
+    """Leaves out the ONNX file at a stage's end, which takes seconds and changes nothing."""
+    patch.setattr("callbacks.export.export_onnx", lambda network, path: None)
 
 
 @dataclass
@@ -50,6 +56,18 @@ def in_folder(folder: Path) -> list[str]:
     return [f"--trainer.default_root_dir={folder}", f"--checkpoint.dirpath={folder / 'checkpoints'}"]
 
 
+def time_at_once(patch: pytest.MonkeyPatch) -> None:
+    """Before pruning 10 ms, after it 5, where the export of both networks alone would take many seconds."""
+    before, after = SimpleNamespace(median_ms=10.0, ratio=1.0), SimpleNamespace(median_ms=5.0, ratio=2.0)
+    patch.setattr("retinaface.evaluation.speedup.export_onnx", lambda network, path: None)
+    patch.setattr("retinaface.evaluation.speedup.benchmark", lambda *args, **options: [before, after])
+
+
+@pytest.fixture(autouse=True)
+def _time_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    time_at_once(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def make_stage_arguments() -> Callable[..., list[str]]:
     """The function :func:`stage_arguments`."""
@@ -63,6 +81,7 @@ def run_stage() -> Callable[..., train.RetinaFaceCLI]:
     def run(arguments: list[str], folder: Path, *more: str) -> train.RetinaFaceCLI:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["train.py"])
+            time_at_once(patch)  # for the runs that fixtures of the session make
             return train.main([*arguments, *in_folder(folder), *more])
 
     return run
@@ -72,13 +91,13 @@ def run_stage() -> Callable[..., train.RetinaFaceCLI]:
 def run_process() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs ``train.py`` in a process of its own, with the callbacks of ``stage_process.py``."""
 
-    def run(arguments: list[str], folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    def run(arguments: list[str], folder: Path, *more: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(Path(__file__).with_name("stage_process.py"))]
         return subprocess.run(
             [*command, *arguments, *in_folder(folder), *more],
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=timeout,
             check=False,
         )
 
@@ -96,6 +115,31 @@ def pruned_run(
     # coarsely for the check of the exported file.
     arguments = stage_arguments("prune", tiny_root, *start, "--trainer.callbacks.init_args.recalibrate=0")
     return StageRun(run_stage(arguments, folder), folder, arguments)
+
+
+@pytest.fixture(scope="session")
+def pruned_again_run(
+    tiny_root: Path,
+    tiny_checkpoint: Path,
+    pruned_run: StageRun,
+    tmp_path_factory: pytest.TempPathFactory,
+    run_stage: Any,
+) -> StageRun:
+    """A second pruning stage after the first, with batch statistics estimated anew and a growing regularisation."""
+    folder = tmp_path_factory.mktemp("pruned_again")
+    arguments = stage_arguments(
+        "prune",
+        tiny_root,
+        f"--model.init_args.student={pruned_run.checkpoint}",
+        f"--model.init_args.teacher={tiny_checkpoint}",
+        "--trainer.callbacks.init_args.round_to=2",  # 8 would take all that the first stage left, or nothing
+        "--trainer.callbacks+=callbacks.SparsityRegularization",
+        "--trainer.callbacks.init_args.method=growing",
+        "--trainer.callbacks.init_args.strength=0.01",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        without_export(patch)
+        return StageRun(run_stage(arguments, folder), folder, arguments)
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +167,7 @@ def check_resume(run_stage: Any, run_process: Any) -> Callable[[StageRun, Path],
         last = folder / "checkpoints" / "last.ckpt"
         assert torch.load(last, weights_only=True)["epoch"] == 0
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("callbacks.export.export_onnx", lambda network, path: None)  # takes seconds, changes nothing
+            without_export(patch)
             run_stage(uninterrupted.arguments, folder, f"--ckpt_path={last}")
         resumed, expected = (torch.load(path, weights_only=True) for path in (last, uninterrupted.checkpoint))
         assert expected["epoch"] == resumed["epoch"] == EPOCHS - 1  # the newest epoch, whichever had the best AP
@@ -150,6 +194,7 @@ def check_two_processes(run_stage: Any, run_process: Any) -> Callable[[list[str]
         )
         assert result.returncode == 0, result.stderr
         first, second = (torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(2))
+        assert second["plans"] == first["plans"]
         assert_same_state(second["before"], first["before"])
         assert_same_state(second["after"], first["after"])
         for name in first["trained"]:

@@ -1,6 +1,8 @@
 import csv
+import shutil
 from contextlib import contextmanager
 from copy import deepcopy
+from itertools import pairwise
 
 import cv2
 import lightning as L
@@ -47,27 +49,98 @@ def test_what_was_removed_is_drawn_and_logged(pruned_run, tiny_checkpoint):
     left = count_complexity(pruned_run.cli.model.network)
     logged = [int(float(first[f"pruning/{name}"])) for name in ("params_before", "macs_before", "params", "macs")]
     assert logged == [params, macs, *left]
+    assert [float(first[f"pruning/{name}"]) for name in ("ms_before", "ms", "speedup")] == [10, 5, 2]
 
 
-def test_killed_and_resumed_run_ends_like_an_uninterrupted_one(pruned_run, tmp_path, check_resume):
-    check_resume(pruned_run, tmp_path)
+def test_nothing_is_timed_for_a_trial(module, monkeypatch):
+    monkeypatch.setattr("retinaface.evaluation.speedup.benchmark", None)
+    callback = ChannelPruning(recalibrate=0)
+    callback.setup(trainer(fast_dev_run=1), module, "fit")
+    assert list(callback._change.figures()) == ["params_before", "params", "macs_before", "macs"]
 
 
-def test_nothing_is_chosen_anew_when_a_fit_goes_on(pruned_run, tmp_path, run_stage, monkeypatch):
+def test_killed_and_resumed_run_ends_like_an_uninterrupted_one(pruned_run, pruned_again_run, tmp_path, check_resume):
+    """A second pruning after the first, which has all that a resumed run must not do anew."""
+    assert len(pruned_again_run.cli.model.structure.plans) == 2
+    check_resume(pruned_again_run, tmp_path)
+
+
+def test_nothing_is_chosen_anew_when_a_fit_goes_on(pruned_run, tmp_path, run_stage, monkeypatch, without_export):
+    """Also with ``--ckpt_path=last``, which the trainer alone would look up only after the callbacks' ``setup``."""
     monkeypatch.setattr("callbacks.pruning.make_plan", None)
-    monkeypatch.setattr("callbacks.export.export_onnx", lambda network, path: None)
-    cli = run_stage(pruned_run.arguments, tmp_path, f"--ckpt_path={pruned_run.checkpoint}", "--trainer.max_epochs=4")
-    assert cli.trainer.global_step == 8
+    shutil.copytree(pruned_run.folder / "checkpoints", tmp_path / "checkpoints")
+    for epochs, path in ((4, pruned_run.checkpoint), (5, "last")):
+        cli = run_stage(pruned_run.arguments, tmp_path, f"--ckpt_path={path}", f"--trainer.max_epochs={epochs}")
+        assert cli.trainer.global_step == 2 * epochs
+        assert cli.model.structure.plans == pruned_run.cli.model.structure.plans
+        assert not (tmp_path / "kept_channels.png").exists()  # the one of the first start stays right
+
+
+def test_a_fit_that_finds_no_last_checkpoint_prunes(pruned_run, tmp_path, run_stage, without_export):
+    cli = run_stage(pruned_run.arguments, tmp_path, "--ckpt_path=last", "--trainer.max_epochs=1")
+    assert cli.trainer.global_step == 2
     assert cli.model.structure.plans == pruned_run.cli.model.structure.plans
-    assert not (tmp_path / "kept_channels.png").exists()  # the one of the first start stays right
+    assert (tmp_path / "kept_channels.png").exists()
+
+
+def test_plans_pile_up_from_stage_to_stage(
+    pruned_run, pruned_again_run, tiny_root, tiny_checkpoint, tmp_path, run_stage, make_stage_arguments, without_export
+):
+    """Pruned, pruned again, a third time, then INT8: each stage goes on from the checkpoint of the one before."""
+
+    def run(stage, student, *options):
+        roles = [f"--model.init_args.student={student}", f"--model.init_args.teacher={tiny_checkpoint}"]
+        arguments = make_stage_arguments(stage, tiny_root, *roles, "--trainer.max_epochs=1", *options)
+        return run_stage(arguments, tmp_path / stage).model, tmp_path / stage / "checkpoints" / "last.ckpt"
+
+    first, second = ((each.cli.model, each.checkpoint) for each in (pruned_run, pruned_again_run))
+    third = run("prune", second[1], "--trainer.callbacks.init_args.round_to=2")
+    int8 = run("qat", third[1])
+    plans, parameters = [], []
+    for module, checkpoint in (first, second, third, int8):
+        rebuilt, structure = load_network(checkpoint)
+        assert torch.equal(answer(rebuilt), answer(module.network))
+        assert structure.plans == module.structure.plans
+        plans.append(structure.plans)
+        parameters.append(sum(parameter.numel() for parameter in structure.build_float().parameters()))
+    assert [len(each) for each in plans] == [1, 2, 3, 3]
+    assert all(later[: len(earlier)] == earlier for earlier, later in pairwise(plans))
+    assert parameters[0] > parameters[1] > parameters[2] == parameters[3]
+    assert structure.quantization is not None
+
+
+def answer(network):
+    """All that a network says about a picture, in evaluation mode and without a trace of the question."""
+    training = network.training
+    network.eval()
+    picture = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(3)) * 255 - 110
+    with torch.no_grad():
+        outputs = torch.cat(network(picture), dim=2)
+    network.train(training)
+    return outputs
 
 
 def test_two_processes_end_with_the_same_trained_parameters(pruned_run, tmp_path, check_two_processes):
-    check_two_processes([*pruned_run.arguments, "--trainer.callbacks.init_args.recalibrate=20"], tmp_path)
+    """Each sees photos of its own, so each alone would choose other channels, and estimate other statistics."""
+    options = ["recalibrate=20", "importance=taylor", "ranking=global", "round_to=1"]
+    check_two_processes([*pruned_run.arguments, *(f"--trainer.callbacks.init_args.{o}" for o in options)], tmp_path)
 
 
-def trainer(datamodule: L.LightningDataModule | None = None) -> L.Trainer:
-    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+def test_refusal_ends_all_processes(pruned_run, tmp_path, run_process):
+    options = ["--trainer.callbacks.init_args.target.macs=0.01", "--trainer.accelerator=cpu", "--trainer.devices=2"]
+    result = run_process(pruned_run.arguments, tmp_path, *options, "--trainer.strategy=ddp", timeout=100)
+    assert result.returncode != 0
+    assert result.stderr.count("error: pruning: target {macs: 0.010} cannot be reached") == 2, result.stderr
+
+
+@pytest.fixture
+def without_export(monkeypatch):
+    """The ONNX file takes seconds, and says nothing about what a test looks at."""
+    monkeypatch.setattr("callbacks.export.export_onnx", lambda network, path: None)
+
+
+def trainer(datamodule: L.LightningDataModule | None = None, **options: object) -> L.Trainer:
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **options)
     if datamodule is not None:
         datamodule.setup("fit")
         trainer.datamodule = datamodule
@@ -123,8 +196,7 @@ def test_what_needs_batches_needs_a_data_module(module):
             callback.setup(trainer(), module, "fit")
 
 
-def test_target_from_the_command_line(tiny_checkpoint, tmp_path, run_stage, pruned_run, monkeypatch):
-    monkeypatch.setattr("callbacks.export.export_onnx", lambda network, path: None)
+def test_target_from_the_command_line(tiny_checkpoint, tmp_path, run_stage, pruned_run, without_export):
     options = [
         "--trainer.callbacks.init_args.target.macs=0.5",
         "--trainer.callbacks.init_args.ratios={backbone.stage3: 0.5}",

@@ -16,8 +16,9 @@ def module(build_network) -> RetinaFaceModule:
     return module
 
 
-def start(callback, module) -> L.Trainer:
+def start(callback, module, checkpoint: str | None = None) -> L.Trainer:
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.ckpt_path = checkpoint
     callback.on_fit_start(trainer, module)
     return trainer
 
@@ -98,6 +99,56 @@ def test_what_has_grown_goes_on_in_a_resumed_fit(module):
     assert torch.equal(*gradients)
     assert gradients[0].max() > 0.019
     assert SparsityRegularization().state_dict() == {"strengths": []}
+
+
+@pytest.mark.parametrize("method", ["group_lasso", "growing"])
+def test_what_is_kept_is_left_alone(module, method):
+    callback = SparsityRegularization(method, 0.01, keep=["backbone.stage2"])
+    trainer = start(callback, module)
+    without_gradient(module)
+    callback.on_before_optimizer_step(trainer, module, None)
+    pulled = {name for name, parameter in module.network.named_parameters() if parameter.grad.any()}
+    assert not any(name.startswith("backbone.stage2.") for name in pulled)
+    assert any(name.startswith("backbone.stage1.") for name in pulled)
+    assert any(name.startswith("backbone.stage3.") for name in pulled)
+
+
+def test_unknown_module_to_keep_is_named(module):
+    with pytest.raises(InputError, match=r"sparsity: keep.*backbone\.stage9"):
+        start(SparsityRegularization(keep=["backbone.stage9"]), module)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"method": "growing"}, {"method": "group_lasso"}),
+        ({"method": "group_lasso"}, {"method": "growing"}),
+        ({"method": "growing"}, {"method": "growing", "keep": ["backbone.stage1"]}),
+    ],
+    ids=str,
+)
+def test_refuses_to_go_on_with_other_settings(module, before, after):
+    first, resumed = SparsityRegularization(**before), SparsityRegularization(**after)
+    start(first, module)
+    resumed.load_state_dict(first.state_dict())
+    with pytest.raises(InputError, match=r"^/runs/last\.ckpt: .*another method or keep"):
+        start(resumed, module, "/runs/last.ckpt")
+
+
+def test_refusal_to_go_on_is_one_line(pruned_again_run, tmp_path, run_stage, capsys):
+    options = [f"--ckpt_path={pruned_again_run.checkpoint}", "--trainer.callbacks.init_args.method=group_lasso"]
+    with pytest.raises(SystemExit):
+        run_stage(pruned_again_run.arguments, tmp_path, *options)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(f"error: {pruned_again_run.checkpoint}: was trained with another method")
+
+
+def test_checkpoint_has_what_has_grown_in_all_epochs(pruned_again_run):
+    content = torch.load(pruned_again_run.checkpoint, weights_only=True)
+    strengths = content["callbacks"]["SparsityRegularization"]["strengths"]
+    grown = 0.01 * (1 + content["epoch"] + 1)  # once after every epoch, the last one too
+    assert [each.min().item() for each in strengths] == pytest.approx([0.01] * len(strengths), rel=1e-3)
+    assert [each.max().item() for each in strengths] == pytest.approx([grown] * len(strengths), rel=1e-3)
 
 
 def test_two_processes_stay_in_step(pruned_run, tmp_path, check_two_processes):

@@ -7,6 +7,7 @@ from scipy.io import savemat
 
 from retinaface.data.annotations import (
     annotation_files,
+    evenly_spread,
     find_photos,
     load_split,
     read_difficulty,
@@ -421,3 +422,10 @@ def test_a_face_that_is_not_there_in_the_official_lists(write_difficulty, tmp_pa
     write_difficulty(tmp_path, {"one": (faces, {"easy": [2], "medium": [1, index], "hard": [1, 2, 3]})})
     with pytest.raises(InputError, match=r"wider_medium_val\.mat: names face .* of one, which has 3"):
         read_difficulty(tmp_path)
+
+
+def test_a_limit_takes_samples_from_everywhere():
+    assert evenly_spread(range(100), 4) == [0, 25, 50, 75]
+    assert evenly_spread(range(5), 3) == [0, 1, 3]
+    assert evenly_spread(range(5), 9) == evenly_spread(range(5), None) == [0, 1, 2, 3, 4]
+    assert evenly_spread([], 3) == []

@@ -103,12 +103,6 @@ def test_a_plan_can_follow_the_file(monkeypatch, tiny_checkpoint, tiny_root, net
     assert make_plan(network, settings) == make_plan(network, even)  # all are alike in this file
 
 
-def test_a_limit_takes_photos_from_everywhere():
-    assert under_test._spread(range(100), 4) == [0, 25, 50, 75]
-    assert under_test._spread(range(5), 3) == [0, 1, 3]
-    assert under_test._spread(range(5), 9) == under_test._spread(range(5), None) == [0, 1, 2, 3, 4]
-
-
 def test_average_precision_is_that_of_an_evaluation(onnx_files, tiny_root):
     expected = evaluate(onnx_files["float"], tiny_root).accuracy.ap["all"]
     assert under_test._average_precision(onnx_files["float"], load_split(tiny_root, "val"), "") == expected
