@@ -16,10 +16,9 @@ from retinaface.model.network import RetinaFace
 
 
 class PostTrainingQuantization(L.Callback):
-    """Finds the ranges of INT8 on a few training photos when a fit begins, which then has nothing to train.
+    """Finds the ranges of INT8 on a few training photos when a fit begins, which then trains nothing.
 
-    Use it with ``max_epochs: 0``, as ``configs/stage/ptq.yaml`` does. What it takes minutes to reach is the baseline
-    for quantization-aware training.
+    It takes seconds, and is the baseline for quantization-aware training, which takes hours.
 
     Args:
         keep_float: Modules, with all below them, that stay in float, such as ``backbone.stage1`` or ``class_heads``.
@@ -32,7 +31,7 @@ class PostTrainingQuantization(L.Callback):
 
     Raises:
         InputError: A setting is out of range; when a fit begins, ``keep_float`` names an unknown module, the network is
-            quantized already, there is no data module, a photo cannot be read, or ``max_epochs`` is not 0.
+            quantized already, there is no data module, or a photo cannot be read.
     """
 
     def __init__(
@@ -58,11 +57,7 @@ class PostTrainingQuantization(L.Callback):
         assert isinstance(pl_module, RetinaFaceModule)
         if not isinstance(pl_module.network, RetinaFace):
             raise InputError("quantization: the network is quantized already; give the checkpoint of the stage before")
-        if trainer.max_epochs != 0:
-            raise InputError(
-                "quantization: post-training quantization trains nothing; set trainer.max_epochs to 0, or use "
-                "callbacks.QuantizationAwareTraining"
-            )
+        trainer.fit_loop.max_epochs = 0
         network = prepare_for_training(pl_module.network, self.settings)
         if trainer.ckpt_path is None:  # else the checkpoint brings the ranges
             samples = getattr(trainer.datamodule, "train_samples", None)  # type: ignore[attr-defined]

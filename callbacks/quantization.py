@@ -1,11 +1,15 @@
 """Trains the student with the rounding of INT8."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_modules import RetinaFaceModule
+from retinaface.compression.calibration import CalibrationPictures
 from retinaface.compression.quantization import (
     HEADS,
     FakeQuantizedRetinaFace,
@@ -13,8 +17,12 @@ from retinaface.compression.quantization import (
     prepare_for_training,
 )
 from retinaface.compression.quantizer import BackendName
+from retinaface.data.annotations import evenly_spread
 from retinaface.errors import InputError
+from retinaface.evaluation.mixed_precision import Choice, Trial, choose_keep_float
 from retinaface.model.network import RetinaFace
+
+_CALIBRATION_PHOTOS = 16
 
 
 class QuantizationAwareTraining(L.Callback):
@@ -22,30 +30,50 @@ class QuantizationAwareTraining(L.Callback):
 
     It acts in ``setup``, like :class:`callbacks.ChannelPruning` and for the same reasons.
 
+    With ``keep_float: auto`` it measures what stays in float, on training photos and this machine's CPU; see
+    :func:`retinaface.evaluation.mixed_precision.choose_keep_float`. That takes some 40 exports and evaluations, a
+    quarter of an hour or more, for which other processes wait (with NCCL 10 minutes, ``timeout`` of Lightning's
+    ``DDPStrategy``). A ``fast_dev_run`` measures nothing and leaves the heads in float.
+
     Args:
-        keep_float: Modules, with all below them, that stay in float, such as ``backbone.stage1`` or ``class_heads``.
+        keep_float: Modules, with all below them, that stay in float, such as ``backbone.stage1`` or ``class_heads``; or
+            ``auto``.
         averaging: Weight of the newest batch in the moving average of each activation's range.
         freeze_at: Share of the epochs after which the ranges of the activations stand still, above 0 (they need data
             first), up to 1 (never).
         freeze_statistics_at: The same for the statistics of the batch norms; by default together with the ranges.
         backend: The runtime that it is for: ``onnxruntime``, ``openvino`` or ``tensorrt``.
         weight_bits: 8, or 7 for CPUs without VNNI.
+        ap_budget: Largest loss of average precision (all) before training that ``auto`` allows.
+        choose_photos: Training photos that ``auto`` measures it on.
 
     Raises:
         InputError: A number is out of range; when a fit begins, ``keep_float`` names an unknown module, the network is
-            quantized already, or the fit goes on from a checkpoint that was not prepared for INT8.
+            quantized already, or the fit goes on from a checkpoint that was not prepared for INT8; ``auto`` finds no
+            data module, or nothing that meets the budget.
     """
 
     def __init__(
         self,
-        keep_float: Sequence[str] = HEADS,
+        keep_float: Literal["auto"] | Sequence[str] = HEADS,
         averaging: float = 0.02,
         freeze_at: float = 0.5,
         freeze_statistics_at: float | None = None,
         backend: BackendName = "onnxruntime",
         weight_bits: int = 8,
+        ap_budget: float = 0.01,
+        choose_photos: int = 64,
     ) -> None:
-        self.settings = QuantizationSettings(tuple(keep_float), averaging, backend, weight_bits)
+        self.chooses = keep_float == "auto"
+        self.settings = QuantizationSettings(
+            HEADS if self.chooses else tuple(keep_float), averaging, backend, weight_bits
+        )
+        if not 0 <= ap_budget < 1:
+            raise InputError(f"quantization: ap_budget is {ap_budget}; expected 0 or more, below 1")
+        if choose_photos < 1:
+            raise InputError(f"quantization: choose_photos is {choose_photos}; expected 1 or more")
+        self.ap_budget = ap_budget
+        self.choose_photos = choose_photos
         self.freeze_at = freeze_at
         self.freeze_statistics_at = freeze_at if freeze_statistics_at is None else freeze_statistics_at
         for name in ("freeze_at", "freeze_statistics_at"):
@@ -61,8 +89,39 @@ class QuantizationAwareTraining(L.Callback):
         assert isinstance(pl_module, RetinaFaceModule)
         if not isinstance(pl_module.network, RetinaFace):
             raise InputError("quantization: the network is quantized already; give the checkpoint of the stage before")
-        pl_module.network = prepare_for_training(pl_module.network, self.settings)
-        pl_module.structure.quantization = self.settings
+        settings = self.settings
+        # Where the fit goes on from a checkpoint, that says what stays in float.
+        if self.chooses and trainer.ckpt_path is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            decided = trainer.strategy.broadcast(
+                self._decide(trainer, pl_module.network) if trainer.is_global_zero else None
+            )
+            if isinstance(decided, InputError):
+                raise decided
+            assert decided is not None
+            settings = replace(settings, keep_float=decided)
+        pl_module.network = prepare_for_training(pl_module.network, settings)
+        pl_module.structure.quantization = settings
+
+    def _decide(self, trainer: L.Trainer, network: RetinaFace) -> tuple[str, ...] | InputError:
+        """As :meth:`_choose`; an error is returned, so that it ends the processes that wait for an answer as well."""
+        try:
+            return self._choose(trainer, network)
+        except InputError as error:
+            return error
+
+    def _choose(self, trainer: L.Trainer, network: RetinaFace) -> tuple[str, ...]:
+        samples = getattr(trainer.datamodule, "train_samples", None)  # type: ignore[attr-defined]
+        if not samples:
+            raise InputError(
+                "quantization: keep_float auto measures on training photos, so it needs a data module; give one, or "
+                "name the modules"
+            )
+        # Ranges come from other photos than those measured on, as they will when the network is used.
+        photos = evenly_spread(samples, 2 * self.choose_photos)
+        pictures = CalibrationPictures(photos[1::2] or photos, _CALIBRATION_PHOTOS)
+        choice = choose_keep_float(network, photos[::2], pictures, self.ap_budget, self.settings, report=_report)
+        _report_choice(choice)
+        return choice.keep_float
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -81,3 +140,20 @@ class QuantizationAwareTraining(L.Callback):
         done = trainer.current_epoch / epochs if epochs > 0 else 0.0
         pl_module.network.ranges_frozen = done >= self.freeze_at
         pl_module.network.statistics_frozen = done >= self.freeze_statistics_at
+
+
+def _report(trial: Trial) -> None:
+    rank_zero_info(f"quantization: tried {_described(trial)}")
+
+
+def _report_choice(choice: Choice) -> None:
+    rank_zero_info(
+        f"quantization: chose {_described(choice.chosen)}; before training it loses "
+        f"{choice.whole.ap - choice.chosen.ap:.4f} of AP {choice.whole.ap:.4f} and is "
+        f"{choice.chosen.speedup / choice.whole.speedup:.2f}x as fast as in float"
+    )
+
+
+def _described(trial: Trial) -> str:
+    kept = ", ".join(trial.keep_float or ()) or "nothing"
+    return f"{kept} in float: AP {trial.ap:.4f}, {trial.speedup:.2f}x as fast as INT8 everywhere"

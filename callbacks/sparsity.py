@@ -47,7 +47,7 @@ class SparsityRegularization(L.Callback):
         self.strength = strength
         self.keep = tuple(keep)
         self._pruner: Any = None
-        self._restored: list[Tensor] | None = None
+        self._restored: dict[str, Any] | None = None
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -59,14 +59,13 @@ class SparsityRegularization(L.Callback):
         self._pruner = self._make_pruner(network, pl_module.device)
         network.train(training)  # following the dependencies leaves it in evaluation mode
         if self._restored is not None:
-            grown = self._grown()
-            if [each.shape for each in grown] != [each.shape for each in self._restored]:
+            if (self._restored["method"], self._restored["keep"]) != (self.method, list(self.keep)):
                 raise InputError(
                     f"{trainer.ckpt_path}: was trained with another method or keep of the sparsity, which cannot "
                     "change within a fit; set what it began with"
                 )
-            if grown:
-                self._pruner.group_reg = dict(zip(self._pruner.group_reg, self._restored, strict=True))
+            if self.method == "growing":
+                self._pruner.group_reg = dict(zip(self._pruner.group_reg, self._restored["strengths"], strict=True))
 
     def _make_pruner(self, network: RetinaFace, device: torch.device) -> Any:  # noqa: ANN401
         example, importance = example_input().to(device), tp.importance.MagnitudeImportance(p=2)
@@ -93,8 +92,8 @@ class SparsityRegularization(L.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"strengths": self._grown()}
+        return {"method": self.method, "keep": list(self.keep), "strengths": self._grown()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict["strengths"]
+        self._restored = state_dict

@@ -163,42 +163,61 @@ def describe(ckpt: Path, size: int = 640, json: Path | None = None) -> None:
 def sensitivity(
     model: Path,
     root: Path,
-    purpose: Literal["pruning"],
+    purpose: Literal["pruning", "quantization"],
     out: Path = Path("sensitivity"),
     limit: int | None = None,
     recalibrate: int = 16,
     importance: Literal["l1", "l2", "bn_scale", "lamp", "fpgm", "random"] = "l1",
+    photos: int = 32,
     size: int = 640,
     threads: int | None = None,
 ) -> None:
-    """Measure what each group of layers loses and gains when it alone is compressed.
+    """Measure what each part of the network loses and gains when it alone is compressed, or alone is not.
 
-    Writes sensitivity.json, which callbacks.ChannelPruning takes (--trainer.callbacks.init_args.sensitivity), and
-    sensitivity.png.
+    For pruning it writes sensitivity.json, which callbacks.ChannelPruning takes
+    (--trainer.callbacks.init_args.sensitivity), and sensitivity.png; for quantization quantization.json and
+    quantization.png, which say what to name in keep_float.
 
     Example: python -m retinaface sensitivity teacher.ckpt --root data/wider_face --for pruning --limit 200
 
     Args:
         model: Float detector (.pth or .ckpt).
         root: Data root in WIDER FACE layout.
-        purpose: The compression: pruning removes 25, 50 and 75 % of each group's channels.
+        purpose: The compression: pruning removes 25, 50 and 75 % of each group's channels; quantization leaves each
+            block in float, the rest in INT8 without training.
         out: Folder to write to.
         limit: Use only this many validation photos, spread over all of them.
-        recalibrate: Training photos over which batch statistics are estimated anew after each surgery; 0 for none.
-        importance: How channels are scored.
+        recalibrate: For pruning: training photos over which batch statistics are estimated anew after each surgery; 0
+            for none.
+        importance: For pruning: how channels are scored.
+        photos: For quantization: training photos that the ranges of INT8 come from.
         size: Side in pixels of the picture for the timing.
         threads: Threads for the timing; by default every physical core that this process may use.
     """
+    from retinaface.evaluation.mixed_precision import measure_mixed_precision, mixed_precision_table
     from retinaface.evaluation.sensitivity import measure_sensitivity, sensitivity_table
-    from retinaface.evaluation.visualize import plot_sensitivity
+    from retinaface.evaluation.visualize import plot_mixed_precision, plot_sensitivity
 
-    measured = measure_sensitivity(model, root, limit, recalibrate, importance, size, threads)
-    _console.print(sensitivity_table(measured))
-    _write_json(out / "sensitivity.json", {"for": purpose, "model": str(model), "root": str(root), **asdict(measured)})
-    plotted = {
-        group.name: {point.ratio: (point.ap_loss, point.speedup) for point in group.points} for group in measured.groups
-    }
-    plot_sensitivity(plotted, out / "sensitivity.png")
+    _require_at_least({"photos": (photos, 1)})
+    facts = {"for": purpose, "model": str(model), "root": str(root)}
+    if purpose == "pruning":
+        measured = measure_sensitivity(model, root, limit, recalibrate, importance, size, threads)
+        _console.print(sensitivity_table(measured))
+        _write_json(out / "sensitivity.json", {**facts, **asdict(measured)})
+        plotted = {
+            group.name: {point.ratio: (point.ap_loss, point.speedup) for point in group.points}
+            for group in measured.groups
+        }
+        plot_sensitivity(plotted, out / "sensitivity.png")
+    else:
+        found = measure_mixed_precision(model, root, limit, photos, size, threads)
+        _console.print(mixed_precision_table(found))
+        _write_json(out / "quantization.json", {**facts, **asdict(found)})
+        against_int8 = {
+            name: (trial.ap - found.int8.ap, 1 / trial.speedup - 1)
+            for name, trial in {**found.units, "everything": found.whole}.items()
+        }
+        plot_mixed_precision(against_int8, out / "quantization.png")
     _console.print(f"written to {out}")
 
 

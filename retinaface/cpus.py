@@ -1,6 +1,11 @@
-"""The CPUs that this process may use, which need not be all of the machine's."""
+"""The CPUs that this process may use, which need not be all of the machine's, and what they can do."""
 
 import os
+import platform
+from contextlib import suppress
+from pathlib import Path
+
+_DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
 def usable_cpus() -> list[int]:
@@ -8,3 +13,58 @@ def usable_cpus() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
+
+
+def physical_cores() -> int:
+    """Count the physical cores that this process may use: two threads on one core do not compute faster than one.
+
+    Returns:
+        At least 1. Where the system does not tell which CPUs share a core, the number of logical CPUs.
+    """
+    folder = Path("/sys/devices/system/cpu")
+    siblings = [
+        _read_text(folder / f"cpu{cpu}" / "topology" / "thread_siblings_list").strip() or str(cpu)
+        for cpu in usable_cpus()
+    ]
+    return len(set(siblings))
+
+
+def cpu_name() -> str:
+    """What the CPU calls itself; the architecture where the system does not tell."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def cpu_flags() -> set[str]:
+    """Names of the CPU's features as Linux writes them, such as ``avx512_vnni``; empty where the system is another."""
+    return set(_cpuinfo("flags", "Features").split())
+
+
+def saturates_int8() -> bool:
+    """Whether sums of products of 8-bit numbers are cut off at 16 bits here: on x86 without VNNI.
+
+    ONNX Runtime multiplies uint8 activations with int8 weights there by VPMADDUBSW, which adds two products into a
+    16-bit integer: 255 * 127 * 2 is twice what fits in. Weights of 7 bits avoid it; CPUs with VNNI and those of other
+    architectures do not have it (ONNX Runtime's documentation, "Quantize ONNX models", "When and why do I need to try
+    U8U8?", https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html). The same holds for OpenVINO
+    (its documentation, "Saturation (overflow) issue workaround").
+
+    Returns:
+        False where the system does not tell.
+    """
+    flags = cpu_flags()
+    return "sse2" in flags and not flags & _DOT_PRODUCTS  # every x86-64 CPU has SSE2
+
+
+def _cpuinfo(*keys: str) -> str:
+    """Finds the first value of one of the keys in /proc/cpuinfo; empty for none."""
+    for line in _read_text(Path("/proc/cpuinfo")).splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in keys:
+            return value.strip()
+    return ""
+
+
+def _read_text(file: Path) -> str:
+    with suppress(OSError):
+        return file.read_text(encoding="utf-8", errors="replace")
+    return ""

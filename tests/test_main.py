@@ -7,6 +7,7 @@ from scipy.io import savemat
 
 from retinaface.__main__ import COMMANDS, main
 from retinaface.data.annotations import load_split
+from retinaface.evaluation.mixed_precision import MixedPrecision, Trial
 from retinaface.evaluation.sensitivity import GroupSensitivity, Point, Sensitivity
 from retinaface.evaluation.visualize import GREEN
 
@@ -194,6 +195,27 @@ def test_sensitivity(checkpoint_files, tiny_root, tmp_path, monkeypatch, capsys)
     assert (facts["for"], facts["ap"]) == ("pruning", 0.7)
     assert facts["groups"][0]["points"][0] == {"ratio": 0.5, "ap": 0.6, "ap_loss": 0.1, "speedup": 1.25}
     assert (out / "sensitivity.png").is_file()
+
+
+def test_sensitivity_for_quantization(checkpoint_files, tiny_root, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def measure(*arguments):
+        asked.append(arguments)
+        whole, int8 = Trial(None, 0.8, 0.5, True), Trial((), 0.7, 1.0, False)
+        return MixedPrecision(3, whole, int8, {"fpn": Trial(("fpn",), 0.75, 1.25, True)})
+
+    monkeypatch.setattr("retinaface.evaluation.mixed_precision.measure_mixed_precision", measure)
+    model, out = checkpoint_files["float"], tmp_path / "found"
+    command = ["sensitivity", str(model), "--root", str(tiny_root), "--for", "quantization", "--out", str(out)]
+    main([*command, "--limit=3", "--photos=2", "--threads=1"])
+    assert asked == [(model, tiny_root, 3, 2, 640, 1)]
+    assert "+0.0500" in capsys.readouterr().out
+    facts = json.loads((out / "quantization.json").read_text())
+    assert (facts["for"], facts["whole"]["keep_float"]) == ("quantization", None)
+    assert facts["units"] == {"fpn": {"keep_float": ["fpn"], "ap": 0.75, "speedup": 1.25, "differs": True}}
+    assert (out / "quantization.png").is_file()
+    assert "--photos: expected at least 1" in fails(capsys, *command, "--photos=0")
 
 
 def test_check_data(root, tmp_path, capsys):

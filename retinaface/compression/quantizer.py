@@ -91,6 +91,39 @@ class ActivationFakeQuantize(FusedMovingAvgObsFakeQuantize):
         return rounded.to(X.dtype)
 
 
+class SymmetricActivationFakeQuantize(ActivationFakeQuantize):
+    """As the base class, with a zero point of 0.
+
+    The fused kernel would give a range that begins at 0, as after a ReLU, the zero point -128.
+    """
+
+    _observes = _rounds = True  # reading the buffers that say so would wait for the device
+
+    def enable_observer(self, enabled: bool = True) -> None:
+        """As the base class."""
+        super().enable_observer(enabled)
+        self._observes = enabled
+
+    def enable_fake_quant(self, enabled: bool = True) -> None:
+        """As the base class."""
+        super().enable_fake_quant(enabled)
+        self._rounds = enabled
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Keeps shape and type; rounds in float32, also where autocast computes in bfloat16."""
+        if self._observes:
+            observer = self.activation_post_process
+            observer(X.float())
+            scale, _ = observer.calculate_qparams()
+            self.scale.copy_(scale)
+        if not self._rounds:
+            return X
+        rounded = torch.fake_quantize_per_tensor_affine(
+            X.float(), self.scale, self.zero_point.int(), self.quant_min, self.quant_max
+        )
+        return rounded.to(X.dtype)
+
+
 class PerChannelFakeQuantize(FakeQuantizeBase):
     """Rounds weights to symmetric INT8, one scale per output channel, always that of the weights as they are.
 
@@ -162,9 +195,9 @@ class BackendQuantizer(Quantizer):
             quant_min=quant_min,
             quant_max=quant_max,
             qscheme=torch.per_tensor_symmetric if self.backend.symmetric else torch.per_tensor_affine,
-            observer_or_fake_quant_ctr=ActivationFakeQuantize.with_args(
-                observer=MovingAverageMinMaxObserver, averaging_constant=averaging
-            ),
+            observer_or_fake_quant_ctr=(
+                SymmetricActivationFakeQuantize if self.backend.symmetric else ActivationFakeQuantize
+            ).with_args(observer=MovingAverageMinMaxObserver, averaging_constant=averaging),
         )
         largest = 2 ** (weight_bits - 1) - 1
         self.weight = QuantizationSpec(

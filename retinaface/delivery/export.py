@@ -7,6 +7,7 @@ import warnings
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnxruntime as ort
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from retinaface.compression.quantization import FakeQuantizedRetinaFace, convert
 from retinaface.compression.structure import Network
 from retinaface.data.annotations import MEAN_BGR
+from retinaface.delivery.tensorrt import require_tensorrt_form
 from retinaface.errors import InputError
-from retinaface.model.network import DYNAMIC_SHAPE, NetworkConfig, Outputs, export_example
+from retinaface.model.network import DYNAMIC_SHAPE, Outputs, export_example
 
 METADATA_KEY = "retinaface_slim"
 INPUT_NAME = "images"
@@ -36,8 +38,8 @@ def export_onnx(network: Network, path: Path) -> None:
 
     Input ``images (B, 3, H, W)`` float32 BGR minus the mean colour, as from
     :func:`retinaface.model.network.normalize`; outputs ``class_logits``, ``box_deltas`` and ``landmark_deltas``.
-    Anchors and mean are in the file's metadata. A fake-quantized network is written with INT8 weights between
-    QuantizeLinear and DequantizeLinear nodes.
+    Anchors and mean are in the file's metadata, with the precision, and for INT8 the backend and the bits of the
+    weights. A fake-quantized network is written with INT8 weights between QuantizeLinear and DequantizeLinear nodes.
 
     Args:
         network: Float or fake-quantized; left as it was.
@@ -45,25 +47,32 @@ def export_onnx(network: Network, path: Path) -> None:
 
     Raises:
         InputError: The folder cannot be written to.
-        RuntimeError: ONNX Runtime's outputs differ from torch's; a fault of this project.
+        RuntimeError: ONNX Runtime's outputs differ from torch's, or the file for TensorRT is not in its form; a fault
+            of this project.
     """
-    quantized = isinstance(network, FakeQuantizedRetinaFace)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # made first: the export takes a while
             graph = convert(network) if isinstance(network, FakeQuantizedRetinaFace) else deepcopy(network).cpu().eval()
             unchecked = Path(folder) / path.name
-            onnx.save(_with_metadata(_to_onnx(graph), network.config, "int8" if quantized else "float32"), unchecked)
+            model = _with_metadata(_to_onnx(graph), network)
+            if isinstance(network, FakeQuantizedRetinaFace) and network.settings.backend == "tensorrt":
+                require_tensorrt_form(model)
+            onnx.save(model, unchecked)
             _check_outputs(graph, network, unchecked)
             unchecked.replace(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error}); choose another file") from error
 
 
-def _with_metadata(model: onnx.ModelProto, config: NetworkConfig, precision: str) -> onnx.ModelProto:
+def _with_metadata(model: onnx.ModelProto, network: Network) -> onnx.ModelProto:
+    facts: dict[str, Any] = {"network": asdict(network.config), "mean_bgr": MEAN_BGR, "precision": "float32"}
+    if isinstance(network, FakeQuantizedRetinaFace):
+        settings = network.settings
+        facts |= {"precision": "int8", "backend": settings.backend, "weight_bits": settings.weight_bits}
     entry = model.metadata_props.add()
     entry.key = METADATA_KEY
-    entry.value = json.dumps({"network": asdict(config), "mean_bgr": MEAN_BGR, "precision": precision})
+    entry.value = json.dumps(facts)
     onnx.checker.check_model(model, full_check=True)
     return model
 

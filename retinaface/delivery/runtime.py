@@ -1,6 +1,7 @@
 """Runs a detector from any of its file formats behind one interface."""
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from retinaface.compression.structure import load_network
-from retinaface.cpus import usable_cpus
+from retinaface.cpus import saturates_int8, usable_cpus
 from retinaface.delivery.export import INPUT_NAME, METADATA_KEY, OUTPUT_NAMES
 from retinaface.errors import InputError
 from retinaface.model.network import NetworkConfig, Outputs, normalize, pad_small
@@ -64,7 +65,8 @@ def load_detector(path: Path | str, threads: int | None = None) -> Detector:
 
     Args:
         path: A public RetinaFace file (.pth), one of this project's checkpoints (.ckpt) or its ONNX files (.onnx). A
-            checkpoint of quantization-aware training runs with simulated INT8.
+            checkpoint of quantization-aware training runs with simulated INT8. An INT8 ONNX file with weights of 8 bits
+            comes with a warning where it can be wrong (:func:`retinaface.cpus.saturates_int8`).
         threads: Threads of ONNX Runtime; None takes all CPUs that this process may use.
 
     Returns:
@@ -98,11 +100,19 @@ def _load_onnx(path: Path, threads: int | None) -> Detector:
         raise InputError(f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0][:160]})") from error
     metadata = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     try:
-        config = NetworkConfig(**json.loads(metadata)["network"])
+        facts = json.loads(metadata)
+        config = NetworkConfig(**facts["network"])
     except (KeyError, TypeError, ValueError) as error:  # a TypeError too where there are none
         raise InputError(
             f"{path}: has no anchors in its metadata; export it with `python -m retinaface export`"
         ) from error
+    if facts.get("weight_bits") == 8 and saturates_int8():
+        warnings.warn(
+            f"{path}: this CPU has no INT8 dot products (VNNI), so sums of products of 8-bit numbers are cut off at 16 "
+            "bits and faces can be missed; quantize with `weight_bits: 7` "
+            "(callbacks.QuantizationAwareTraining), or evaluate this file here before you use it",
+            stacklevel=3,
+        )
 
     def run(images: Tensor) -> Outputs:
         class_logits, box_deltas, landmark_deltas = session.run(list(OUTPUT_NAMES), {INPUT_NAME: images.numpy()})

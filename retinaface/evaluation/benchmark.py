@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 from scipy.stats import quantile_test
 
-from retinaface.cpus import usable_cpus
+from retinaface.cpus import cpu_flags, cpu_name, physical_cores, usable_cpus
 from retinaface.errors import InputError
 from retinaface.progress import with_progress
 
@@ -248,10 +248,9 @@ def machine_facts() -> dict[str, Any]:
         ``cores`` and ``threads`` (physical and logical CPUs that this process may use), ``os``, ``python`` and a
         version (or None) for each of ``PACKAGES``.
     """
-    cpuinfo = _read_text(Path("/proc/cpuinfo"))
-    flags = set(_cpuinfo_value(cpuinfo, "flags", "Features").split())
+    flags = cpu_flags()
     return {
-        "cpu": _cpuinfo_value(cpuinfo, "model name") or platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "flags": [flag for flag in INT8_FLAGS if flag in flags],
         "cores": physical_cores(),
         "threads": len(usable_cpus()),
@@ -259,35 +258,6 @@ def machine_facts() -> dict[str, Any]:
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
     }
-
-
-def physical_cores() -> int:
-    """Count the physical cores that this process may use: two threads on one core do not compute faster than one.
-
-    Returns:
-        At least 1. Where the system does not tell which CPUs share a core, the number of logical CPUs.
-    """
-    folder = Path("/sys/devices/system/cpu")
-    siblings = [
-        _read_text(folder / f"cpu{cpu}" / "topology" / "thread_siblings_list").strip() or str(cpu)
-        for cpu in usable_cpus()
-    ]
-    return len(set(siblings))
-
-
-def _cpuinfo_value(cpuinfo: str, *keys: str) -> str:
-    """Find the first value of one of the keys in the text of /proc/cpuinfo."""
-    for line in cpuinfo.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in keys:
-            return value.strip()
-    return ""
-
-
-def _read_text(file: Path) -> str:
-    with suppress(OSError):
-        return file.read_text(encoding="utf-8", errors="replace")
-    return ""
 
 
 def _version(package: str) -> str | None:

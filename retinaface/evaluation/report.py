@@ -13,6 +13,7 @@ from retinaface.compression.structure import load_structure
 from retinaface.evaluation.benchmark import Timing, benchmark, machine_facts
 from retinaface.evaluation.describe import describe, kept_channels
 from retinaface.evaluation.evaluate import SHOWN_SCORE, Evaluation, describe_data, evaluate, save_pictures
+from retinaface.evaluation.int8_share import convolutions_in_int8
 from retinaface.evaluation.visualize import plot_kept_channels, plot_report
 from retinaface.evaluation.wider_ap import SUBSETS
 
@@ -82,6 +83,7 @@ def _model(
     name: str, checkpoint: Path, file: Path, evaluation: Evaluation, timing: Timing, size: int
 ) -> dict[str, Any]:
     params, macs = count_complexity(load_structure(checkpoint).build_float(), size)
+    share = convolutions_in_int8(file)
     return {
         "name": name,
         "ap": evaluation.accuracy.ap,
@@ -90,6 +92,9 @@ def _model(
         "params": params,
         "macs": macs,
         "onnx_bytes": file.stat().st_size,
+        "convolutions": share.total,
+        "int8_convolutions": share.int8,
+        "float_convolutions": list(share.float_names),
         "latency_ms_median": timing.median_ms,
         "latency_ms_p10": timing.p10_ms,
         "latency_ms_p90": timing.p90_ms,
@@ -109,7 +114,17 @@ def report_rows(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     Subsets that the photos are not labelled for have no column.
     """
     subsets = [name for name in SUBSETS if name == "all" or any(model["ap"][name] is not None for model in models)]
-    headings = ["model", *(f"AP {name}" for name in subsets), "kept", "params", "GMACs", "ONNX", "ms", "speed-up"]
+    headings = [
+        "model",
+        *(f"AP {name}" for name in subsets),
+        "kept",
+        "params",
+        "GMACs",
+        "ONNX",
+        "INT8 convs",
+        "ms",
+        "speed-up",
+    ]
     return [
         headings,
         *(
@@ -120,6 +135,7 @@ def report_rows(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
                 f"{model['params'] / 1e6:.3f} M",
                 f"{model['macs'] / 1e9:.3f}",
                 f"{model['onnx_bytes'] / 1e6:.2f} MB",
+                f"{model['int8_convolutions']}/{model['convolutions']}",
                 f"{model['latency_ms_median']:.2f}",
                 f"{model['speedup']:.2f}x",
             ]
@@ -130,7 +146,8 @@ def report_rows(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def report_table(report: Mapping[str, Any]) -> Table:
     """The report's table for a terminal."""
-    table = Table(title=escape(f"{report['recipe']}: {describe_data(report['data'])}"))
+    title = escape(f"{report['recipe']}: {describe_data(report['data'])}")
+    table = Table(title=title, collapse_padding=True, pad_edge=False)  # fits into the 80 columns of a log file
     headings, *rows = report_rows(report["models"])
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "model" else "right", overflow="fold")
@@ -183,6 +200,8 @@ def report_markdown(report: Mapping[str, Any]) -> str:
         "round. Post-processing is not included.",
         "- **Parameters and GMACs:** of the float network of the same shape; MACs at "
         f"{timing['size']}x{timing['size']}.",
+        "- **INT8 convs:** how many of the convolutions ONNX Runtime executes in INT8 on this machine: counted in its "
+        "graph after all optimizations, not in the file. `report.json` names the others (`float_convolutions`).",
         f"- **Machine:** {machine['cpu']}, {machine['cores']} cores, INT8 instructions: "
         f"{', '.join(machine['flags']) or 'unknown'}; {machine['os']}.",
         f"- **Versions:** Python {machine['python']}, torch {machine['torch']}, lightning {machine['lightning']}, "

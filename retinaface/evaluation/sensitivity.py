@@ -118,14 +118,14 @@ def measure_sensitivity(
     with tempfile.TemporaryDirectory() as folder:
         original = Path(folder) / "original.onnx"
         export_onnx(_with_statistics_of(deepcopy(network), photos), original)
-        whole = _average_precision(original, samples, "the whole network")
+        whole = average_precision(original, samples, "the whole network")
         found = []
         for number, group in enumerate(groups, start=1):
             title = f"{group.name} ({number} of {len(groups)})"
             files = [Path(folder) / f"{ratio}.onnx" for ratio in RATIOS]
             for ratio, file in zip(RATIOS, files, strict=True):
                 export_onnx(_pruned(network, group, ratio, importance, photos), file)
-            aps = [_average_precision(file, samples, title) for file in files]
+            aps = [average_precision(file, samples, title) for file in files]
             timings = benchmark([original, *files], size, threads, warmup=3, rounds=_ROUNDS)[1:]
             points = [
                 Point(ratio, ap, whole - ap, timing.ratio)
@@ -157,7 +157,20 @@ def _as_input(sample: Sample) -> Tensor:
     return normalize(torch.from_numpy(read_image(sample.path)).permute(2, 0, 1)[None])
 
 
-def _average_precision(model: Path, samples: Sequence[Sample], title: str) -> float:
+def average_precision(model: Path, samples: Sequence[Sample], title: str) -> float:
+    """Measures average precision, with a progress bar.
+
+    Args:
+        model: ``.pth``, ``.ckpt`` or ``.onnx``.
+        samples: Photos, each with the subset ``all``.
+        title: What the progress bar calls the model.
+
+    Returns:
+        Average precision (all), 0-1; NaN without a face.
+
+    Raises:
+        InputError: The model or a photo cannot be read.
+    """
     found = detect_all(load_detector(model), samples, f"evaluating {title}")
     detections = [np.column_stack([faces.boxes.numpy(), faces.scores.numpy()]) for faces in found]
     curves = subset_curves(

@@ -304,6 +304,35 @@ def plot_sensitivity(groups: Mapping[str, Mapping[float, tuple[float, float]]], 
     _save(figure, path)
 
 
+def plot_mixed_precision(parts: Mapping[str, tuple[float, float]], path: Path) -> None:
+    """Plot what leaving one part of a network in float wins back and costs, against the network in INT8: a row a part.
+
+    Args:
+        parts: name of a part to the gain of average precision and to how much longer the network takes, as a share;
+            negative where it loses, or is faster.
+        path: the file to write; its suffix chooses the format (.png, .svg, .pdf).
+    """
+    figure = Figure(figsize=(9, 1.4 + 0.21 * len(parts)), layout="constrained")
+    figure.suptitle("One part in float, the rest in INT8")
+    gains, times = np.array([*parts.values()], float).reshape(-1, 2).T
+    places = np.arange(len(parts))
+    panels = (("gain of AP", gains, "{:+.3f}", 1), ("longer time per photo", times, "{:+.0%}", -1))
+    for axes, (title, values, style, better) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
+        colours = [_BAR_COLOURS[3 if value * better > 0 else 4] for value in values]
+        bars = axes.barh(places, values, color=colours)
+        axes.bar_label(bars, [style.format(value) for value in values], padding=2, fontsize=7)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set(title=title)
+        axes.margins(x=0.2)
+        axes.set_yticks(places, [*parts], fontsize=7)
+        axes.set_ylim(len(parts) - 0.4, -0.6)  # the first on top
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.xaxis.set_major_formatter(lambda value, _, style=style: style.format(value))
+    _save(figure, path)
+
+
 def _plot_ap(axes: Axes, models: Sequence[Mapping[str, Any]]) -> None:
     """Draw a group of bars per subset that any model has a value for, each model with its share of the first's AP."""
     subsets = [name for name in SUBSETS if any(model["ap"].get(name) is not None for model in models)]

@@ -2,12 +2,14 @@ import lightning as L
 import pytest
 import torch
 
+import callbacks.quantization
 from callbacks import QuantizationAwareTraining
 from datamodules import WiderFaceDataModule
 from lightning_modules import CompressionModule
 from retinaface.compression.quantization import FakeQuantizedRetinaFace
 from retinaface.compression.structure import load_network
 from retinaface.errors import InputError
+from retinaface.evaluation.mixed_precision import Choice, MixedPrecision, Trial
 
 
 class Watch(L.Callback):
@@ -111,3 +113,78 @@ def test_bad_settings_are_named():
     module = CompressionModule()
     with pytest.raises(InputError, match="nowhere"):
         QuantizationAwareTraining(keep_float=["nowhere"]).setup(L.Trainer(logger=False), module, "fit")
+    for name, value in (("ap_budget", -0.1), ("ap_budget", 1), ("choose_photos", 0)):
+        with pytest.raises(InputError, match=f"{name} is {value}"):
+            QuantizationAwareTraining(**{name: value})
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What a choice was asked for, each time; it is the pyramid, at once instead of in a quarter of an hour."""
+    asked = []
+
+    def choose(network, samples, pictures, budget, settings, report):
+        chosen, whole = Trial(("fpn",), 0.795, 1.1, True), Trial(None, 0.8, 0.5, True)
+        asked.append((samples, pictures, budget, settings))
+        report(chosen)
+        return Choice(chosen, whole, [chosen], MixedPrecision(len(samples), whole, Trial((), 0.7, 1.0, False), {}))
+
+    monkeypatch.setattr(callbacks.quantization, "choose_keep_float", choose)
+    monkeypatch.setattr("callbacks.export.export_onnx", lambda network, path: None)
+    return asked
+
+
+AUTO = "--trainer.callbacks.init_args.keep_float=auto"
+
+
+def test_what_stays_in_float_is_chosen_on_training_photos(quantized_run, asked, tmp_path, run_stage, caplog):
+    options = ["ap_budget=0.02", "choose_photos=3", "weight_bits=7"]
+    more = [AUTO, *(f"--trainer.callbacks.init_args.{option}" for option in options), "--trainer.max_epochs=1"]
+    with caplog.at_level("INFO"):
+        cli = run_stage(quantized_run.arguments, tmp_path, *more)
+    ((samples, pictures, budget, settings),) = asked
+    train = [sample.path for sample in cli.datamodule.train_samples]
+    measured_on = [sample.path for sample in samples]
+    assert len(measured_on) == 3
+    assert set(measured_on) < set(train)
+    assert pictures._paths
+    assert set(pictures._paths) <= set(train) - set(measured_on)
+    assert (budget, settings.weight_bits) == (0.02, 7)
+    assert "chose fpn in float: AP 0.7950" in caplog.text
+
+    network, structure = load_network(tmp_path / "checkpoints" / "last.ckpt")
+    assert structure.quantization.keep_float == ("fpn",)
+    assert structure.quantization.weight_bits == 7
+    assert isinstance(network, FakeQuantizedRetinaFace)
+
+    cli = run_stage(quantized_run.arguments, tmp_path, *more[:-1], "--ckpt_path=last", "--trainer.max_epochs=2")
+    assert cli.trainer.global_step == 4
+    assert len(asked) == 1  # nothing is chosen anew
+    assert cli.model.structure.quantization.keep_float == ("fpn",)
+
+
+def test_names_from_the_command_line(quantized_run, asked, tmp_path, run_stage):
+    names = ["--trainer.callbacks.init_args.keep_float=[ssh.1,'*_heads']", "--trainer.max_epochs=1"]
+    cli = run_stage(quantized_run.arguments, tmp_path, *names)
+    assert list(cli.model.structure.quantization.keep_float) == ["ssh.1", "*_heads"]
+    assert not asked
+
+
+def test_a_trial_measures_nothing(quantized_run, asked, tmp_path, run_stage):
+    cli = run_stage(quantized_run.arguments, tmp_path, AUTO, "--trainer.fast_dev_run=true")
+    assert not asked
+    assert isinstance(cli.model.network, FakeQuantizedRetinaFace)
+
+
+def test_a_choice_needs_a_data_module(tiny_checkpoint):
+    module = CompressionModule(str(tiny_checkpoint))
+    with pytest.raises(InputError, match=r"keep_float auto .* needs a data module"):
+        QuantizationAwareTraining("auto").setup(L.Trainer(accelerator="cpu", logger=False), module, "fit")
+
+
+def test_an_error_of_the_choice_ends_all_processes(quantized_run, tmp_path, run_process):
+    options = [AUTO, "--trainer.callbacks.init_args.backend=openvino", "--trainer.accelerator=cpu"]
+    processes = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    result = run_process(quantized_run.arguments, tmp_path, *options, *processes, timeout=200)
+    assert result.returncode != 0
+    assert result.stderr.count("error: quantization: what stays in float is chosen by timings") == 2, result.stderr

@@ -98,7 +98,7 @@ def test_what_has_grown_goes_on_in_a_resumed_fit(module):
         gradients.append(pull(module)[0])
     assert torch.equal(*gradients)
     assert gradients[0].max() > 0.019
-    assert SparsityRegularization().state_dict() == {"strengths": []}
+    assert SparsityRegularization().state_dict() == {"method": "group_lasso", "keep": [], "strengths": []}
 
 
 @pytest.mark.parametrize("method", ["group_lasso", "growing"])
@@ -124,6 +124,7 @@ def test_unknown_module_to_keep_is_named(module):
         ({"method": "growing"}, {"method": "group_lasso"}),
         ({"method": "group_lasso"}, {"method": "growing"}),
         ({"method": "growing"}, {"method": "growing", "keep": ["backbone.stage1"]}),
+        ({}, {"keep": ["backbone.stage1"]}),
     ],
     ids=str,
 )
@@ -165,7 +166,7 @@ def test_the_stage_before_pruning(tiny_root, tiny_checkpoint, tmp_path, run_stag
     assert callback.method == "group_lasso"
     assert cli.model.structure.plans == []
     content = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
-    assert content["callbacks"]["SparsityRegularization"] == {"strengths": []}
+    assert content["callbacks"]["SparsityRegularization"]["strengths"] == []
 
 
 def test_refuses_a_quantized_network(quantized_run):

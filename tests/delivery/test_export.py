@@ -1,4 +1,6 @@
 import json
+from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -40,6 +42,27 @@ def test_names_and_metadata(network, file):
     assert facts["mean_bgr"] == [104, 117, 123]
     assert facts["network"]["anchor_sizes"] == [[16, 32], [64, 128], [256, 512]]
     assert facts["network"]["channels"] == 16
+    assert not {"backend", "weight_bits"} & facts.keys()
+
+
+def test_an_int8_file_says_what_it_was_made_for(onnx_files):
+    facts = json.loads(onnx.load(onnx_files["int8"]).metadata_props[0].value)
+    assert facts["precision"] == "int8"
+    assert facts["backend"] == "onnxruntime"
+    assert facts["weight_bits"] == 8
+
+
+def test_only_files_for_tensorrt_have_to_be_in_its_form(compressed, onnx_files, tmp_path, monkeypatch):
+    content = onnx.load(onnx_files["int8"])  # has zero points
+    del content.metadata_props[:]
+    content = content.SerializeToString()
+    monkeypatch.setattr("retinaface.delivery.export._to_onnx", lambda graph: onnx.ModelProto.FromString(content))
+    network = deepcopy(compressed.int8)
+    export_onnx(network, tmp_path / "onnxruntime.onnx")
+    network.settings = replace(network.settings, backend="tensorrt")
+    with pytest.raises(RuntimeError, match="not in TensorRT's form"):
+        export_onnx(network, tmp_path / "tensorrt.onnx")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["onnxruntime.onnx"]
 
 
 def test_nothing_of_this_machine_is_in_the_file(file):

@@ -1,4 +1,6 @@
 import dataclasses
+import json
+import warnings
 
 import numpy as np
 import onnx
@@ -71,6 +73,30 @@ def test_limits_are_passed_on(detectors):
     assert len(detectors["float"].detect(image, 0.02, 0.9, keep=3).scores) == 3
     assert len(detectors["float"].detect(image, 0.02, 0.9, top_k=5).scores) <= 5 < len(everything.scores)
     assert (detectors["float"].detect(image, 0.6).scores >= 0.6).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "weight_bits", "saturates", "warned"),
+    [("int8", 8, True, True), ("int8", 7, True, False), ("int8", 8, False, False), ("float", None, True, False)],
+)
+def test_weights_of_8_bits_where_int8_saturates(
+    onnx_files, tmp_path, monkeypatch, name, weight_bits, saturates, warned
+):
+    model = onnx.load(onnx_files[name])
+    facts = json.loads(model.metadata_props[0].value)
+    if weight_bits:
+        facts["weight_bits"] = weight_bits
+    model.metadata_props[0].value = json.dumps(facts)
+    onnx.save(model, tmp_path / "model.onnx")
+    monkeypatch.setattr("retinaface.delivery.runtime.saturates_int8", lambda: saturates)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            load_detector(tmp_path / "model.onnx")
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == warned
+    assert all("model.onnx" in message and "weight_bits: 7" in message for message in messages)
+    assert all(warning.filename == __file__ for warning in caught)
 
 
 def other_onnx(path, metadata=None):

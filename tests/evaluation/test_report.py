@@ -71,6 +71,8 @@ def test_keys_are_those_that_were_promised(build, files):
         assert model["onnx_bytes"] == (files / f"{model['name']}.onnx").stat().st_size
         assert model["params"] > 1e5
         assert model["macs"] > 1e6
+        assert (model["int8_convolutions"], model["convolutions"]) == (0, 56)
+        assert len(model["float_convolutions"]) == 56
         assert model["latency_ms_median"] > 0
     assert report["retention"] == pytest.approx(0.78 / 0.8)
     assert report["speedup"] == report["models"][-1]["speedup"]
@@ -103,6 +105,7 @@ def test_rows_and_tables(build):
     assert [row[0] for row in rows[1:]] == list(NAMES)
     assert [row[1] for row in rows[1:]] == ["0.800", "-", "0.780"]
     assert [row[2] for row in rows[1:]] == ["100.0%", "-", "97.5%"]
+    assert [row[rows[0].index("INT8 convs")] for row in rows[1:]] == ["0/56"] * 3
     markdown = report_markdown(report)
     for row in rows:
         assert f"| {' | '.join(row)} |" in markdown
@@ -110,6 +113,20 @@ def test_rows_and_tables(build):
     with console.capture() as shown:
         console.print(report_table(report))
     assert all(cell in shown.get() for row in rows for cell in row)
+
+
+def test_convolutions_in_int8_are_counted_and_the_others_named(build, files, onnx_files):
+    """Those of an INT8 file with heads, pyramid and first convolution in float."""
+    before = (files / "int8.onnx").read_bytes()
+    (files / "int8.onnx").write_bytes(onnx_files["int8"].read_bytes())
+    report = build(0.8, 0.76, 0.78)
+    (files / "int8.onnx").write_bytes(before)
+    model = report["models"][-1]
+    assert (model["int8_convolutions"], model["convolutions"]) == (41, 56)
+    assert len(model["float_convolutions"]) == 15
+    assert {"backbone.stage1.0.0", "fpn.merge.1.0", "class_heads.2"} < set(model["float_convolutions"])
+    assert "| 41/56 |" in report_markdown(report)
+    assert "**INT8 convs:**" in report_markdown(report)
 
 
 def test_a_real_report_of_one_model(files, tiny_checkpoint, tiny_root):

@@ -78,7 +78,7 @@ def test_statistics_are_estimated_anew_on_training_photos(networks, tiny_checkpo
 
 def test_loss_is_that_of_the_pruned_files(monkeypatch, tiny_checkpoint, tiny_root, networks):
     figures = iter([0.9, *[0.8, 0.7, 0.95] * 100])
-    monkeypatch.setattr(under_test, "_average_precision", lambda *arguments: next(figures))
+    monkeypatch.setattr(under_test, "average_precision", lambda *arguments: next(figures))
     measured = measure_sensitivity(tiny_checkpoint, tiny_root, recalibrate=0)
     assert measured.ap == 0.9
     assert [point.ap_loss for point in measured.groups[2].points] == pytest.approx([0.1, 0.2, -0.05])
@@ -91,7 +91,7 @@ def test_loss_is_that_of_the_pruned_files(monkeypatch, tiny_checkpoint, tiny_roo
 
 def test_a_plan_can_follow_the_file(monkeypatch, tiny_checkpoint, tiny_root, networks, tmp_path):
     figures = iter([0.9, *[0.85, 0.8, 0.6] * 100])
-    monkeypatch.setattr(under_test, "_average_precision", lambda *arguments: next(figures))
+    monkeypatch.setattr(under_test, "average_precision", lambda *arguments: next(figures))
     monkeypatch.setattr(under_test, "find_groups", find_groups)
     monkeypatch.setattr(under_test, "_pruned", lambda network, *arguments: network)
     measured = measure_sensitivity(tiny_checkpoint, tiny_root, recalibrate=0)
@@ -103,9 +103,9 @@ def test_a_plan_can_follow_the_file(monkeypatch, tiny_checkpoint, tiny_root, net
     assert make_plan(network, settings) == make_plan(network, even)  # all are alike in this file
 
 
-def test_average_precision_is_that_of_an_evaluation(onnx_files, tiny_root):
+def testaverage_precision_is_that_of_an_evaluation(onnx_files, tiny_root):
     expected = evaluate(onnx_files["float"], tiny_root).accuracy.ap["all"]
-    assert under_test._average_precision(onnx_files["float"], load_split(tiny_root, "val"), "") == expected
+    assert under_test.average_precision(onnx_files["float"], load_split(tiny_root, "val"), "") == expected
 
 
 def test_taylor_and_int8_are_refused(tiny_root, tiny_checkpoint, checkpoint_files):

@@ -16,6 +16,7 @@ from retinaface.evaluation.visualize import (
     plot_ap_by_size,
     plot_face_sizes,
     plot_kept_channels,
+    plot_mixed_precision,
     plot_precision_recall,
     plot_report,
     plot_sensitivity,
@@ -186,6 +187,16 @@ def test_sensitivity_has_a_cell_per_group_and_ratio(tmp_path):
     groups = {f"layer{index}": {0.25: (0.01 * index, 1.1), 0.5: (0.02 * index, 1.2)} for index in range(12)}
     plot_sensitivity(groups, tmp_path / "plots" / "sensitivity.png")
     assert imread(tmp_path / "plots" / "sensitivity.png")[..., :3].std() > 0.1
+
+
+def test_mixed_precision_has_a_row_per_part(tmp_path):
+    parts = {"backbone.stage1": (0.012, -0.25), "fpn": (-0.004, 0.031)}
+    plot_mixed_precision(parts, tmp_path / "plots" / "quantization.svg")
+    text = svg_text(tmp_path / "plots" / "quantization.svg")
+    for label in (*parts, "+0.012", "-0.004", "-25%", "+3%"):
+        assert label in text
+    plot_mixed_precision(parts, tmp_path / "quantization.png")
+    assert imread(tmp_path / "quantization.png")[..., :3].std() > 0.05
 
 
 def test_report_shows_what_is_kept_and_gained(tmp_path):
