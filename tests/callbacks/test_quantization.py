@@ -164,7 +164,7 @@ def test_what_stays_in_float_is_chosen_on_training_photos(quantized_run, asked, 
 
 
 def test_names_from_the_command_line(quantized_run, asked, tmp_path, run_stage):
-    names = ["--trainer.callbacks.init_args.keep_float=[ssh.1,'*_heads']", "--trainer.max_epochs=1"]
+    names = ["--trainer.callbacks.init_args.keep_float=[ssh.1,'*_heads']", "--trainer.fast_dev_run=true"]
     cli = run_stage(quantized_run.arguments, tmp_path, *names)
     assert list(cli.model.structure.quantization.keep_float) == ["ssh.1", "*_heads"]
     assert not asked
