@@ -40,7 +40,7 @@ class PostTrainingQuantization(L.Callback):
         backend: BackendName = "onnxruntime",
         weight_bits: int = 8,
         photos: int = 64,
-        observer: Observer = "percentile",
+        observer: Observer = "histogram",
         percentile: float = 99.99,
         correct_biases: bool = True,
     ) -> None:

@@ -269,15 +269,16 @@ def _search(
         finalists = tried.nearest(_FINALISTS if timed else 1)
         if timed:  # what came nearest may owe that to the noise
             for each in finalists:
-                tried.measure_again(each)
+                tried.confirm(each)
         plan = min(finalists, key=tried.distance)
-        if tried.distance(plan) <= _TOLERANCE:
-            return plan
-    warnings.warn(
-        f"pruning: target {_described(target, target.share)} is missed: {_described(target, tried.share(plan))} is the "
-        "nearest that was found; a lower round_to makes smaller steps",
-        stacklevel=3,
-    )
+        if tried.distance(plan) <= tried.close:
+            break
+    if tried.distance(plan) > _TOLERANCE:
+        warnings.warn(
+            f"pruning: target {_described(target, target.share)} is missed: {_described(target, tried.share(plan))} is "
+            "the nearest that was found; a lower round_to makes smaller steps",
+            stacklevel=3,
+        )
     return plan
 
 
@@ -297,6 +298,7 @@ class _Tried:
         self.wanted = wanted
         self.close = close
         self._found: dict[str, tuple[float, Plan]] = {}
+        self._confirmed: set[str] = set()
 
     def share(self, plan: Plan) -> float:
         """What is left with a plan; rounding makes many plans the same, each is measured once."""
@@ -305,9 +307,12 @@ class _Tried:
             self._found[key] = self._measure(plan), plan
         return self._found[key][0]
 
-    def measure_again(self, plan: Plan) -> None:
-        """Replaces what was measured by a mean that does not include it."""
-        self._found[json.dumps(plan)] = statistics.mean(self._measure(plan) for _ in range(_RETIMINGS)), plan
+    def confirm(self, plan: Plan) -> None:
+        """Replaces what was measured by a mean that does not include it, once."""
+        key = json.dumps(plan)
+        if key not in self._confirmed:
+            self._confirmed.add(key)
+            self._found[key] = statistics.mean(self._measure(plan) for _ in range(_RETIMINGS)), plan
 
     def distance(self, plan: Plan) -> float:
         """How far from what is wanted, relative to it."""

@@ -316,7 +316,7 @@ def plot_mixed_precision(parts: Mapping[str, tuple[float, float]], path: Path) -
     figure.suptitle("One part in float, the rest in INT8")
     gains, times = np.array([*parts.values()], float).reshape(-1, 2).T
     places = np.arange(len(parts))
-    panels = (("gain of AP", gains, "{:+.3f}", 1), ("longer time per photo", times, "{:+.0%}", -1))
+    panels = (("gain of AP", gains, "{:+.3f}", 1), ("change of the time per photo", times, "{:+.0%}", -1))
     for axes, (title, values, style, better) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
         colours = [_BAR_COLOURS[3 if value * better > 0 else 4] for value in values]
         bars = axes.barh(places, values, color=colours)
@@ -329,6 +329,7 @@ def plot_mixed_precision(parts: Mapping[str, tuple[float, float]], path: Path) -
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
+        axes.locator_params(axis="x", nbins=5)
         axes.xaxis.set_major_formatter(lambda value, _, style=style: style.format(value))
     _save(figure, path)
 

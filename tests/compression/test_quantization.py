@@ -123,6 +123,43 @@ def test_only_what_is_to_stay_in_float_does(compressed, onnx_files, tmp_path):
     assert "Relu" not in operations  # all are part of a convolution
 
 
+@pytest.mark.parametrize("backend", ["openvino", "tensorrt"])
+def test_an_activation_that_runs_within_the_convolution_is_not_rounded_twice(float_network, prepared, backend):
+    other = prepare_for_training(float_network, QuantizationSettings(keep_float=(), backend=backend))
+    assert len(prepared.activations()) - len(other.activations()) == 38  # LeakyReLUs
+    for node in other.graph.graph.nodes:
+        if node.target is torch.ops.aten.leaky_relu.default:
+            assert node.args[0].target is torch.ops.aten.batch_norm.default
+
+
+def test_tensorrt_has_no_zero_points(float_network, tmp_path):
+    network = train(prepare_for_training(float_network, QuantizationSettings(keep_float=(), backend="tensorrt")))
+    assert not any(int(activation.zero_point) for activation in network.activations())
+    assert min(float(activation.scale) for activation in network.activations()) > 0
+    export_onnx(network, tmp_path / "int8.onnx")
+    model = onnx.load(tmp_path / "int8.onnx")
+    values = {each.name: onnx.numpy_helper.to_array(each) for each in model.graph.initializer}
+    zero_points = [values[node.input[2]] for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    assert zero_points
+    assert all(value.dtype == "int8" and not value.any() for value in zero_points)
+
+
+def test_seven_bits_for_weights_use_half_of_the_range(float_network):
+    network = train(prepare_for_training(float_network, QuantizationSettings(keep_float=(), weight_bits=7)), 1)
+    graph = convert(network)
+    weights = [value for value in graph.state_dict().values() if value.dtype == torch.int8]
+    weights = weights or [buffer for buffer in graph.buffers() if buffer.dtype == torch.int8]
+    assert len(weights) == 56
+    assert max(int(weight.abs().max()) for weight in weights) == 63
+
+
+@pytest.mark.parametrize("setting", [{"backend": "coreml"}, {"weight_bits": 4}], ids=str)
+def test_unknown_settings_are_named(setting):
+    (name,) = setting
+    with pytest.raises(InputError, match=f"quantization: {name} is "):
+        QuantizationSettings(**setting)
+
+
 @pytest.mark.slow
 def test_every_convolution_of_resnet50_runs_in_int8(build_network, tmp_path):
     network = build_network(backbone="resnet50", channels=32)
@@ -155,6 +192,44 @@ def test_they_stand_still_once_frozen_and_can_go_on(fresh):
     fresh.statistics_frozen = fresh.ranges_frozen = False
     run(fresh.train(), pictures(7) * 2)
     assert moved(statistics, batch_norm_buffers(fresh))
+
+
+def test_either_of_them_can_stand_still_alone(fresh):
+    fresh.ranges_frozen = True
+    statistics, ranges = batch_norm_buffers(fresh), activation_ranges(fresh)
+    run(fresh.train(), pictures(7) * 2)
+    assert moved(statistics, batch_norm_buffers(fresh))
+    assert activation_ranges(fresh) == ranges
+    fresh.ranges_frozen, fresh.statistics_frozen = False, True
+    statistics = batch_norm_buffers(fresh)
+    run(fresh.train(), pictures(7) * 2)
+    assert not moved(statistics, batch_norm_buffers(fresh))
+    assert activation_ranges(fresh) != ranges
+
+
+def test_mixed_precision_rounds_on_the_same_grid(fresh, float_network):
+    """Autocast computes in bfloat16, whose 8 bits would be too coarse for what is rounded to 8 bits."""
+    precise = deepcopy(fresh).train()
+    images = pictures(7)
+    with torch.no_grad():
+        precise(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = fresh.train()(images)
+        sum(output.float().square().mean() for output in outputs).backward()
+    for mixed, full in zip(fresh.activations(), precise.activations(), strict=True):
+        assert mixed.scale.dtype == torch.float32
+        assert float(mixed.scale) == pytest.approx(float(full.scale), rel=0.02)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in fresh.parameters())
+
+
+def test_without_rounding_it_is_the_float_network(fresh, float_network):
+    train(network := prepare_for_training(float_network, ALL), 1)
+    statistics = {name: value for name, value in float_network.state_dict().items() if "running" in name}
+    network.graph.load_state_dict(statistics, strict=False)
+    with network.without_rounding():
+        for expected, actual in zip(run(float_network), run(network), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.std()))
+    assert any((a - b).abs().max() > 0.01 for a, b in zip(run(float_network), run(network), strict=True))
 
 
 def test_modes_set_by_attribute_as_lightning_does(fresh):
