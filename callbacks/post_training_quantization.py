@@ -7,12 +7,12 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
+from callbacks.quantization import network_to_quantize
 from lightning_modules import RetinaFaceModule
 from retinaface.compression.calibration import CalibrationPictures, CalibrationSettings, Observer, calibrate
 from retinaface.compression.quantization import HEADS, QuantizationSettings, prepare_for_training
 from retinaface.compression.quantizer import BackendName
 from retinaface.errors import InputError
-from retinaface.model.network import RetinaFace
 
 
 class PostTrainingQuantization(L.Callback):
@@ -55,10 +55,8 @@ class PostTrainingQuantization(L.Callback):
         if stage != "fit":
             return
         assert isinstance(pl_module, RetinaFaceModule)
-        if not isinstance(pl_module.network, RetinaFace):
-            raise InputError("quantization: the network is quantized already; give the checkpoint of the stage before")
         trainer.fit_loop.max_epochs = 0
-        network = prepare_for_training(pl_module.network, self.settings)
+        network = prepare_for_training(network_to_quantize(pl_module, self.settings), self.settings)
         if trainer.ckpt_path is None:  # else the checkpoint brings the ranges
             samples = getattr(trainer.datamodule, "train_samples", None)  # type: ignore[attr-defined]
             if not samples:

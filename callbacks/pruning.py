@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim.swa_utils import update_bn
 from typing_extensions import override
 
+from callbacks.first_process import decided_by_first_process
 from callbacks.image_logging import send_picture
 from lightning_modules import RetinaFaceModule
 from retinaface.compression.channel_groups import Gradients, Importance, loss_gradients
@@ -38,11 +39,12 @@ class ChannelPruning(L.Callback):
     What is left is drawn in ``kept_channels.png`` in the trainer's root folder, which goes to the loggers together with
     parameters, MACs and milliseconds before and after.
 
-    With several processes the others wait for the first one. A search for a speed takes a dozen timings, so for a large
-    network it may take longer than they wait (with NCCL 10 minutes, ``timeout`` of Lightning's ``DDPStrategy``).
+    With several processes the others wait for the first one, 30 minutes at most (``timeout`` of Lightning's
+    ``DDPStrategy``). A search for a speed took 4 to 5 minutes on 2 cores, up to 40 timings of ten seconds and as many
+    exports.
 
     Args:
-        ratio: Share of the channels of every layer to remove, 0 to 1; not used with ``target``.
+        ratio: Share of the channels of every layer to remove, 0 to 1; without a ``target`` 0.4.
         target: How small or fast to become instead, one of ``{macs: 0.35}`` and ``{params: 0.35}`` (what is left) and
             ``{speedup: 2.0}`` (as FP32 in ONNX Runtime on this machine's CPU, against the network that the stage starts
             from).
@@ -69,7 +71,7 @@ class ChannelPruning(L.Callback):
 
     def __init__(
         self,
-        ratio: float = 0.4,
+        ratio: float | None = None,
         target: PruningTarget | None = None,
         importance: Importance = "l1",
         ranking: Ranking = "local",
@@ -121,11 +123,7 @@ class ChannelPruning(L.Callback):
         self._plans_before = len(pl_module.structure.plans)
         if trainer.ckpt_path is not None:
             return  # the checkpoint brings plan and weights
-        decided = trainer.strategy.broadcast(self._decide(trainer, pl_module) if trainer.is_global_zero else None)
-        if isinstance(decided, InputError):
-            raise decided
-        assert decided is not None
-        plan, statistics = decided
+        plan, statistics = decided_by_first_process(trainer, lambda: self._decide(trainer, pl_module))
         apply_plan(network, plan)
         network.load_state_dict(statistics, strict=False)
         pl_module.structure.plans.append(plan)
@@ -142,14 +140,7 @@ class ChannelPruning(L.Callback):
         if self._change is not None and trainer.ckpt_path is None:
             self._publish(trainer, self._change)
 
-    def _decide(self, trainer: L.Trainer, module: RetinaFaceModule) -> tuple[Plan, dict[str, Tensor]] | InputError:
-        """As :meth:`_plan`; an error is returned, so that it ends the processes that wait for an answer as well."""
-        try:
-            return self._plan(trainer, module)
-        except InputError as error:
-            return error
-
-    def _plan(self, trainer: L.Trainer, module: RetinaFaceModule) -> tuple[Plan, dict[str, Tensor]]:
+    def _decide(self, trainer: L.Trainer, module: RetinaFaceModule) -> tuple[Plan, dict[str, Tensor]]:
         """Chooses what goes, and estimates the batch norms' statistics of what is left."""
         network = module.network
         assert isinstance(network, RetinaFace)
@@ -162,7 +153,7 @@ class ChannelPruning(L.Callback):
                 rank_zero_info(f"pruning: tried a network that is {ratio:.2f}x as fast")
                 return ratio
 
-            plan = make_plan(network, self.settings, gradients, speedup)
+            plan = make_plan(network, self.settings, gradients, speedup, self.size)
             apply_plan(pruned, plan)
             timings = None if trainer.fast_dev_run else measure(pruned)  # type: ignore[attr-defined]
         self._change = Change(compare(network, pruned, self.size), timings)

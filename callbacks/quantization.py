@@ -5,9 +5,10 @@ from dataclasses import replace
 from typing import Literal
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from callbacks.first_process import decided_by_first_process
 from lightning_modules import RetinaFaceModule
 from retinaface.compression.calibration import CalibrationPictures
 from retinaface.compression.quantization import (
@@ -17,12 +18,29 @@ from retinaface.compression.quantization import (
     prepare_for_training,
 )
 from retinaface.compression.quantizer import BackendName
+from retinaface.cpus import saturates_int8
 from retinaface.data.annotations import evenly_spread
 from retinaface.errors import InputError
 from retinaface.evaluation.mixed_precision import Choice, Trial, choose_keep_float
 from retinaface.model.network import RetinaFace
 
 _CALIBRATION_PHOTOS = 16
+
+
+def network_to_quantize(module: RetinaFaceModule, settings: QuantizationSettings) -> RetinaFace:
+    """The module's network, if it can be quantized; warns where the result would not run right on this machine.
+
+    Raises:
+        InputError: It is quantized already.
+    """
+    if not isinstance(module.network, RetinaFace):
+        raise InputError("quantization: the network is quantized already; give the checkpoint of the stage before")
+    if settings.weight_bits == 8 and saturates_int8():
+        rank_zero_warn(
+            "quantization: this machine's CPU has no INT8 dot products (VNNI), so sums of products of 8-bit numbers "
+            "are cut off at 16 bits; set weight_bits to 7 if the model is to run on such CPUs"
+        )
+    return module.network
 
 
 class QuantizationAwareTraining(L.Callback):
@@ -87,27 +105,14 @@ class QuantizationAwareTraining(L.Callback):
         if stage != "fit":
             return
         assert isinstance(pl_module, RetinaFaceModule)
-        if not isinstance(pl_module.network, RetinaFace):
-            raise InputError("quantization: the network is quantized already; give the checkpoint of the stage before")
+        network = network_to_quantize(pl_module, self.settings)
         settings = self.settings
         # Where the fit goes on from a checkpoint, that says what stays in float.
         if self.chooses and trainer.ckpt_path is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            decided = trainer.strategy.broadcast(
-                self._decide(trainer, pl_module.network) if trainer.is_global_zero else None
-            )
-            if isinstance(decided, InputError):
-                raise decided
-            assert decided is not None
-            settings = replace(settings, keep_float=decided)
-        pl_module.network = prepare_for_training(pl_module.network, settings)
+            chosen = decided_by_first_process(trainer, lambda: self._choose(trainer, network))
+            settings = replace(settings, keep_float=chosen)
+        pl_module.network = prepare_for_training(network, settings)
         pl_module.structure.quantization = settings
-
-    def _decide(self, trainer: L.Trainer, network: RetinaFace) -> tuple[str, ...] | InputError:
-        """As :meth:`_choose`; an error is returned, so that it ends the processes that wait for an answer as well."""
-        try:
-            return self._choose(trainer, network)
-        except InputError as error:
-            return error
 
     def _choose(self, trainer: L.Trainer, network: RetinaFace) -> tuple[str, ...]:
         samples = getattr(trainer.datamodule, "train_samples", None)  # type: ignore[attr-defined]

@@ -59,7 +59,7 @@ class SparsityRegularization(L.Callback):
         self._pruner = self._make_pruner(network, pl_module.device)
         network.train(training)  # following the dependencies leaves it in evaluation mode
         if self._restored is not None:
-            if (self._restored["method"], self._restored["keep"]) != (self.method, list(self.keep)):
+            if (self._restored.get("method"), self._restored.get("keep")) != (self.method, list(self.keep)):
                 raise InputError(
                     f"{trainer.ckpt_path}: was trained with another method or keep of the sparsity, which cannot "
                     "change within a fit; set what it began with"
@@ -72,7 +72,10 @@ class SparsityRegularization(L.Callback):
         kept = [network.get_submodule(name) for name in modules_below(network, self.keep, "sparsity: keep")]
         ignored = [*heads(network), *kept]
         if self.method == "group_lasso":
-            return tp.pruner.GroupNormPruner(network, example, importance, reg=self.strength, ignored_layers=ignored)
+            lasso = tp.pruner.GroupNormPruner(network, example, importance, reg=self.strength, ignored_layers=ignored)
+            # A single channel is the strongest and the weakest of its group: 0 / 0, which ends in NaN.
+            lasso._groups = [group for group in lasso._groups if len(group[0].idxs) > 1]
+            return lasso
         return tp.pruner.GrowingRegPruner(
             network, example, importance, reg=self.strength, delta_reg=self.strength, ignored_layers=ignored
         )

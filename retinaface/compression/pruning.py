@@ -26,9 +26,9 @@ from retinaface.compression.channel_groups import (
 from retinaface.errors import InputError
 from retinaface.model.network import RetinaFace
 
-# A plan is what pruning removed, in order: name of the module where a group starts, whether by its output channels, and
-# the channel indices. Plain values, so that a checkpoint can hold it.
-Plan = list[tuple[str, bool, list[int]]]
+# A plan is what pruning removed, in order: the convolution that stands for a group, and indices of its output channels.
+# Plain values, so that a checkpoint can hold it.
+Plan = list[tuple[str, list[int]]]
 
 Ranking = Literal["local", "global", "isomorphic"]
 
@@ -82,7 +82,7 @@ class PruningSettings:
     """How much is removed, and from where.
 
     Attributes:
-        ratio: Share of the channels to remove, 0 to 1; not used with ``target``.
+        ratio: Share of the channels to remove, 0 to 1; None without a ``target`` is 0.4.
         target: How small or fast the network has to become; the ratio is searched for.
         importance: How channels are scored; see :func:`retinaface.compression.channel_groups.find_groups`.
         ranking: Against which others a channel is ranked: those of its layer (``local``: every layer loses ``ratio``),
@@ -98,7 +98,7 @@ class PruningSettings:
             same loss of AP (as arXiv:1608.08710 chooses by hand), which ``target`` decides; ``ranking`` is not used.
     """
 
-    ratio: float = 0.4
+    ratio: float | None = None
     target: PruningTarget | None = None
     importance: Importance = "l1"
     ranking: Ranking = "local"
@@ -110,7 +110,9 @@ class PruningSettings:
     sensitivity: str | None = None
 
     def __post_init__(self) -> None:
-        for name, value in {"ratio": self.ratio, **self.ratios}.items():
+        if self.ratio is not None and self.target is not None:
+            raise InputError("pruning: ratio and target are both given, and each says how much goes; give one")
+        for name, value in {"ratio": self.share, **self.ratios}.items():
             if not 0 <= value < 1:
                 raise InputError(f"pruning: {name} is {value}; expected a share of the channels, from 0 up to below 1")
         if self.round_to < 1:
@@ -121,11 +123,19 @@ class PruningSettings:
             raise InputError(
                 f"pruning: max_ratio is {self.max_ratio}; expected a share of the channels between 0 and 1"
             )
+        for name, value in {"ratio": self.share, **self.ratios}.items():
+            if value > self.max_ratio:
+                raise InputError(f"pruning: {name} is {value}, above max_ratio, which is {self.max_ratio}; change one")
         for name, choices in (("importance", get_args(Importance)), ("ranking", get_args(Ranking))):
             if getattr(self, name) not in choices:
                 raise InputError(f"pruning: {name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
         if self.sensitivity is not None and self.target is None:
             raise InputError("pruning: sensitivity says where to remove, not how much; give a target with it")
+
+    @property
+    def share(self) -> float:
+        """Share of the channels to remove where there is no target."""
+        return 0.4 if self.ratio is None else self.ratio
 
 
 def make_plan(
@@ -133,6 +143,7 @@ def make_plan(
     settings: PruningSettings,
     gradients: Gradients | None = None,
     measure_speedup: Callable[[RetinaFace], float] | None = None,
+    size: int = 640,
 ) -> Plan:
     """Chooses the least important channels.
 
@@ -141,6 +152,7 @@ def make_plan(
         settings: How much, and from where.
         gradients: For ``importance: taylor``; see :func:`retinaface.compression.channel_groups.loss_gradients`.
         measure_speedup: For ``target: {speedup: ...}``: how many times as fast as ``network`` a pruned one runs.
+        size: For ``target: {macs: ...}``: side of the picture in pixels.
 
     Returns:
         The plan, for :func:`apply_plan`.
@@ -155,19 +167,19 @@ def make_plan(
         for pattern, ratio in settings.ratios.items()
         for name in groups_matching(network, groups, pattern, "pruning: ratios")
     }
-    losses = None if settings.sensitivity is None else _losses_of(groups, settings.sensitivity)
+    free = [group for group in groups if group.name not in fixed]
+    losses = None if settings.sensitivity is None else _losses_of(groups, settings)
 
     def plan_at(strength: float) -> Plan:
-        ratios = {**_ratios(groups, settings.ranking, strength, losses), **fixed}
-        return _plan(groups, ratios, settings)
+        return _plan(groups, _ratios(free, settings.ranking, strength, losses) | fixed, settings)
 
     if settings.target is None:
-        return plan_at(settings.ratio)
-    cost = _cost_meter(network, settings.target, measure_speedup)
+        return plan_at(settings.share)
+    cost = _cost_meter(network, settings.target, measure_speedup, size)
     if losses is None:
         bounds = 0.0, 1.0
     else:  # from nothing, by way of all that costs no AP, to what costs the largest loss that was measured
-        bounds = -1.0, max((max(points.values()) for points in losses.values()), default=0.0)
+        bounds = -1.0, max([0.0, *(loss for points in losses.values() for loss in points.values())])
     return _search(network, groups, plan_at, cost, settings.target, bounds)
 
 
@@ -208,7 +220,7 @@ def _plan(groups: Sequence[ChannelGroup], ratios: Mapping[str, float], settings:
     for group in groups:
         removed = group.channels - _left(group.channels, ratios[group.name], settings)
         if removed:
-            plan.append((group.name, True, sorted(group.scores.argsort()[:removed].tolist())))
+            plan.append((group.name, sorted(group.scores.argsort()[:removed].tolist())))
     return plan
 
 
@@ -223,15 +235,15 @@ def _left(channels: int, ratio: float, settings: PruningSettings) -> int:
 
 
 def _cost_meter(
-    network: RetinaFace, target: PruningTarget, measure_speedup: Callable[[RetinaFace], float] | None
+    network: RetinaFace, target: PruningTarget, measure_speedup: Callable[[RetinaFace], float] | None, size: int
 ) -> Callable[[RetinaFace], float]:
     """A function that says which share of the network's cost a pruned one has."""
     if target.speedup is not None:
         assert measure_speedup is not None, "a target for the speed needs a way to measure it"
         return lambda pruned: 1 / measure_speedup(pruned)
     kind = 0 if target.params is not None else 1
-    whole = count_complexity(network)[kind]
-    return lambda pruned: count_complexity(pruned)[kind] / whole
+    whole = count_complexity(network, size)[kind]
+    return lambda pruned: count_complexity(pruned, size)[kind] / whole
 
 
 def _search(
@@ -255,7 +267,8 @@ def _search(
         raise InputError(
             f"pruning: target {_described(target, target.share)} cannot be reached: with all removed that may be, "
             f"{_described(target, smallest)} is left; set a target that is nearer, a higher max_ratio, a lower "
-            "min_channels or round_to, or fewer modules in keep"
+            "min_channels or round_to, or fewer modules in keep or ratios (with a sensitivity file no layer loses more "
+            "than was measured)"
         )
     if (forced := plan_at(least)) and (largest := tried.share(forced)) < target.share * (1 - _TOLERANCE):
         raise InputError(
@@ -266,11 +279,12 @@ def _search(
         fewer, more = tried.bisect(plan_at, least, most, (most - least) * _PRECISION)
         # Layers of equal width lose their next channels all at once: try some of them.
         tried.bisect_steps(_steps_between(groups, fewer, more))
-        finalists = tried.nearest(_FINALISTS if timed else 1)
         if timed:  # what came nearest may owe that to the noise
-            for each in finalists:
+            for each in tried.nearest(_FINALISTS):
                 tried.confirm(each)
-        plan = min(finalists, key=tried.distance)
+            plan = min(tried.confirmed, key=tried.distance)
+        else:
+            plan = tried.nearest()[0]
         if tried.distance(plan) <= tried.close:
             break
     if tried.distance(plan) > _TOLERANCE:
@@ -298,7 +312,7 @@ class _Tried:
         self.wanted = wanted
         self.close = close
         self._found: dict[str, tuple[float, Plan]] = {}
-        self._confirmed: set[str] = set()
+        self.confirmed: list[Plan] = []
 
     def share(self, plan: Plan) -> float:
         """What is left with a plan; rounding makes many plans the same, each is measured once."""
@@ -309,10 +323,9 @@ class _Tried:
 
     def confirm(self, plan: Plan) -> None:
         """Replaces what was measured by a mean that does not include it, once."""
-        key = json.dumps(plan)
-        if key not in self._confirmed:
-            self._confirmed.add(key)
-            self._found[key] = statistics.mean(self._measure(plan) for _ in range(_RETIMINGS)), plan
+        if plan not in self.confirmed:
+            self.confirmed.append(plan)
+            self._found[json.dumps(plan)] = statistics.mean(self._measure(plan) for _ in range(_RETIMINGS)), plan
 
     def distance(self, plan: Plan) -> float:
         """How far from what is wanted, relative to it."""
@@ -341,7 +354,7 @@ class _Tried:
 
 def _steps_between(groups: Sequence[ChannelGroup], fewer: Plan, more: Plan) -> list[Plan]:
     """From one plan to another, one group after the other, the least important channels first."""
-    before, after = ({name: indices for name, _, indices in plan} for plan in (fewer, more))
+    before, after = dict(fewer), dict(more)
     extra = {
         group.name: group.scores[sorted(set(after[group.name]) - set(before.get(group.name, [])))].mean().item()
         for group in groups
@@ -350,7 +363,7 @@ def _steps_between(groups: Sequence[ChannelGroup], fewer: Plan, more: Plan) -> l
     steps = [fewer]
     for changed in sorted(extra, key=extra.__getitem__):
         before[changed] = after[changed]
-        steps.append([(group.name, True, before[group.name]) for group in groups if group.name in before])
+        steps.append([(group.name, before[group.name]) for group in groups if group.name in before])
     return steps
 
 
@@ -378,12 +391,14 @@ def bearable_ratio(losses: Mapping[float, float], budget: float) -> float:
     return ratio
 
 
-def _losses_of(groups: Sequence[ChannelGroup], path: str) -> Losses:
-    """Reads a file of the sensitivity command.
+def _losses_of(groups: Sequence[ChannelGroup], settings: PruningSettings) -> Losses:
+    """Reads the file of the sensitivity command.
 
     Raises:
         InputError: It cannot be read, or was not made for these groups.
     """
+    path = settings.sensitivity
+    assert path is not None
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         losses = {
@@ -391,6 +406,7 @@ def _losses_of(groups: Sequence[ChannelGroup], path: str) -> Losses:
             for group in content["groups"]
         }
         channels = {group["name"]: group["channels"] for group in content["groups"]}
+        importance = content["importance"]
         for name, points in losses.items():
             if not points or not all(0 < ratio < 1 and math.isfinite(loss) for ratio, loss in points.items()):
                 raise ValueError(f"group {name} has points {points}; expected ratios between 0 and 1, and AP losses")
@@ -399,6 +415,11 @@ def _losses_of(groups: Sequence[ChannelGroup], path: str) -> Losses:
             f"{path}: not a file of `python -m retinaface sensitivity` ({type(error).__name__}: {error}); make one "
             "with it, --for pruning"
         ) from error
+    if importance != settings.importance:
+        warnings.warn(
+            f"{path}: measured with importance {importance}, which removes other channels than {settings.importance}",
+            stacklevel=3,
+        )
     for group in groups:
         if channels.get(group.name) != group.channels:
             raise InputError(
@@ -421,11 +442,11 @@ def apply_plan(network: RetinaFace, plan: Plan) -> None:
     modules = dict(network.named_modules())
     training = network.training
     graph = tp.DependencyGraph().build_dependency(network, example_input())
-    for name, is_output, indices in plan:
+    for name, indices in plan:
         module = modules.get(name)
-        width = _width(module, is_output)
+        width = module.out_channels if isinstance(module, nn.Conv2d) else 0
         removed = set(indices)
-        if is_output and module in heads(network):
+        if module in heads(network):
             problem = "which are the network's outputs"
         elif len(removed) != len(indices) or not removed <= set(range(width)) or len(removed) >= width:
             problem = f"which has {width} here, of which at least one has to stay"
@@ -436,8 +457,7 @@ def apply_plan(network: RetinaFace, plan: Plan) -> None:
             raise InputError(
                 f"pruning plan: removes channels [{listed}] of {name!r}, {problem}; the plan belongs to another network"
             )
-        pruner = graph.get_pruner_of_module(module)
-        prune_channels = pruner.prune_out_channels if is_output else pruner.prune_in_channels
+        prune_channels = graph.get_pruner_of_module(module).prune_out_channels
         graph.get_pruning_group(module, prune_channels, list(indices)).prune()
     network.train(training)  # following the dependencies leaves it in evaluation mode
 
@@ -460,9 +480,3 @@ def count_complexity(network: nn.Module, size: int = 640) -> tuple[int, int]:
         network(torch.zeros(1, 3, size, size))
     network.train(training)
     return sum(p.numel() for p in network.parameters()), counter.get_total_flops() // 2
-
-
-def _width(module: nn.Module | None, is_output: bool) -> int:
-    if isinstance(module, nn.Conv2d):
-        return module.out_channels if is_output else module.in_channels
-    return module.num_features if isinstance(module, nn.BatchNorm2d) else 0

@@ -40,7 +40,7 @@ class Structure:
         quantization = values["quantization"]
         return cls(
             network=NetworkConfig(**values["network"]),
-            plans=[[(name, out, list(indices)) for name, out, indices in plan] for plan in values["plans"]],
+            plans=[[(name, list(indices)) for name, indices in plan] for plan in values["plans"]],
             quantization=None if quantization is None else QuantizationSettings(**quantization),
         )
 

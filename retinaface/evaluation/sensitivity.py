@@ -70,11 +70,13 @@ class Sensitivity:
         ap: Average precision (all) of the network with all its channels, its statistics estimated anew like those of
             the others.
         photos: Number of photos that it was measured on.
+        importance: How channels were scored.
         groups: In the order of the network.
     """
 
     ap: float
     photos: int
+    importance: Importance
     groups: list[GroupSensitivity]
 
 
@@ -113,7 +115,7 @@ def measure_sensitivity(
         raise InputError("sensitivity: importance taylor needs the gradients of a training; choose another")
     network, _ = load_float_network(model)
     samples = evenly_spread(load_split(root, "val"), limit)
-    photos = [_as_input(sample) for sample in load_split(root, "train")[:recalibrate]] if recalibrate else []
+    photos = [_as_input(sample) for sample in evenly_spread(load_split(root, "train"), recalibrate)]
     groups = find_groups(network, importance)
     with tempfile.TemporaryDirectory() as folder:
         original = Path(folder) / "original.onnx"
@@ -132,7 +134,7 @@ def measure_sensitivity(
                 for ratio, ap, timing in zip(RATIOS, aps, timings, strict=True)
             ]
             found.append(GroupSensitivity(group.name, group.channels, points))
-    return Sensitivity(whole, len(samples), found)
+    return Sensitivity(whole, len(samples), importance, found)
 
 
 def _pruned(

@@ -35,7 +35,7 @@ def speedup_meter(
             nonlocal rounds
             if not rounds:  # takes seconds, and often nothing is timed at all
                 export_onnx(original, baseline)
-                (trial,) = benchmark([baseline], size, threads, warmup=2, rounds=5)
+                trial = benchmark([baseline], size, threads, warmup=2, rounds=5)[0]
                 rounds = min(max(round(500 * seconds / trial.median_ms), _FEWEST_ROUNDS), _MOST_ROUNDS)
             export_onnx(network, candidate)
             before, after = benchmark([baseline, candidate], size, threads, warmup=5, rounds=rounds)

@@ -81,3 +81,12 @@ def test_an_unreadable_photo_is_named(tmp_path, tiny_root, tiny_checkpoint):
     module = CompressionModule(str(tiny_checkpoint))
     with pytest.raises(InputError, match=r"broken\.jpg: truncated"):
         PostTrainingQuantization().setup(trainer(data), module, "fit")
+
+
+def test_a_machine_that_saturates_is_told_the_setting(tiny_checkpoint, tiny_root, monkeypatch):
+    monkeypatch.setattr("callbacks.quantization.saturates_int8", lambda: True)
+    data = WiderFaceDataModule(tiny_root)
+    data.setup("fit")
+    callback = PostTrainingQuantization(photos=1, observer="minmax", correct_biases=False)
+    with pytest.warns(UserWarning, match=r"no INT8 dot products.*weight_bits to 7"):
+        callback.setup(trainer(data), CompressionModule(str(tiny_checkpoint)), "fit")

@@ -5,6 +5,7 @@ import torch
 from callbacks import SparsityRegularization
 from lightning_modules import RetinaFaceModule
 from retinaface.compression.channel_groups import find_groups
+from retinaface.compression.pruning import apply_plan
 from retinaface.errors import InputError
 from retinaface.model.network import NetworkConfig
 
@@ -46,6 +47,15 @@ def test_group_lasso_pulls_the_weakest_channel_most(module):
     assert strengths.min().item() == pytest.approx(0.01, rel=1e-3)
     heads = [*module.network.class_heads, *module.network.box_heads, *module.network.landmark_heads]
     assert all((head.bias.grad == 0).all() for head in heads)
+
+
+def test_a_single_channel_is_left_alone(module):
+    apply_plan(module.network, [("ssh.0.conv5_1.0", list(range(1, 4)))])
+    callback = SparsityRegularization("group_lasso", 0.01)
+    trainer = start(callback, module)
+    without_gradient(module)
+    callback.on_before_optimizer_step(trainer, module, None)
+    assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
 
 
 def test_growing_pulls_the_weak_harder_after_every_epoch(module):

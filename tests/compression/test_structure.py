@@ -19,7 +19,7 @@ def run(network):
 def test_the_record_survives_a_file():
     structure = Structure(
         NetworkConfig(activation="relu", channels=16, anchor_sizes=[[8], [16, 24]], strides=[16, 32]),
-        plans=[[("backbone.stage1.0.0", True, [1, 2])], [("fpn.merge.0.0", False, [3])]],
+        plans=[[("backbone.stage1.0.0", [1, 2])], [("fpn.merge.0.0", [3])]],
         quantization=QuantizationSettings(keep_float=("fpn",), averaging=0.1),
     )
     file = io.BytesIO()
@@ -75,7 +75,7 @@ def damage_weights(content):
         (lambda content: content.update(structure=3), "structure is damaged"),
         (lambda content: content["structure"].pop("plans"), "structure is damaged"),
         (lambda content: content["structure"].update(plans=[[("fpn", True)]]), "structure is damaged"),
-        (lambda content: content["structure"].update(plans=[[("fpn", True, [1])]]), "structure is damaged.*fpn"),
+        (lambda content: content["structure"].update(plans=[[("fpn", [1])]]), "structure is damaged.*fpn"),
         (lambda content: content["structure"]["network"].update(depth=3), "structure is damaged.*depth"),
         (lambda content: content["structure"]["network"].update(backbone="vgg"), "structure is damaged.*vgg"),
         (lambda content: content["structure"]["network"].update(channels=64), "does not fit this network"),

@@ -65,12 +65,17 @@ def test_every_group_is_pruned_by_itself(networks, tiny_checkpoint, tiny_root):
     assert all(point.ap_loss == measured.ap - point.ap for point in points)
 
 
-def test_statistics_are_estimated_anew_on_training_photos(networks, tiny_checkpoint, tiny_root):
+def test_statistics_are_estimated_anew_on_training_photos(networks, monkeypatch, tiny_checkpoint, tiny_root):
+    shown = []
+    as_input = under_test._as_input
+    monkeypatch.setattr(under_test, "_as_input", lambda sample: shown.append(sample.path) or as_input(sample))
     measure_sensitivity(tiny_checkpoint, tiny_root, limit=1, recalibrate=2)
     before, first = (network.backbone.stage3[1][4] for network in networks[:2])
     assert int(first.num_batches_tracked) == 2
     assert int(before.num_batches_tracked) == 2  # or the comparison would not be fair
     assert not networks[1].training
+    samples = load_split(tiny_root, "train")
+    assert shown == [samples[0].path, samples[4].path]  # 2 of 8, from everywhere
     networks.clear()
     measure_sensitivity(tiny_checkpoint, tiny_root, limit=1, recalibrate=0)
     assert int(networks[1].backbone.stage3[1][4].num_batches_tracked) == 0
@@ -103,7 +108,7 @@ def test_a_plan_can_follow_the_file(monkeypatch, tiny_checkpoint, tiny_root, net
     assert make_plan(network, settings) == make_plan(network, even)  # all are alike in this file
 
 
-def testaverage_precision_is_that_of_an_evaluation(onnx_files, tiny_root):
+def test_average_precision_is_that_of_an_evaluation(onnx_files, tiny_root):
     expected = evaluate(onnx_files["float"], tiny_root).accuracy.ap["all"]
     assert under_test.average_precision(onnx_files["float"], load_split(tiny_root, "val"), "") == expected
 
