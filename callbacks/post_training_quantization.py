@@ -26,7 +26,7 @@ class PostTrainingQuantization(L.Callback):
         weight_bits: 8, or 7 for CPUs without VNNI.
         photos: Training photos to look at, at their own size.
         observer: How a range is found: ``minmax``, ``moving_average``, ``histogram`` or ``percentile``.
-        percentile: Share of the values, in percent, that ``percentile`` keeps within the range.
+        percentile: Share of the values, in percent, that ``percentile`` keeps on the inner side of each end.
         correct_biases: Whether the mean that each channel loses by rounding is given back to its bias.
 
     Raises:

@@ -39,9 +39,8 @@ class ChannelPruning(L.Callback):
     What is left is drawn in ``kept_channels.png`` in the trainer's root folder, which goes to the loggers together with
     parameters, MACs and milliseconds before and after.
 
-    With several processes the others wait for the first one, 30 minutes at most (``timeout`` of Lightning's
-    ``DDPStrategy``). A search for a speed took 4 to 5 minutes on 2 cores, up to 40 timings of ten seconds and as many
-    exports.
+    With several processes the others wait for the first one. A search for a speed took 4 to 5 minutes on 2 cores: up to
+    40 timings of ten seconds and as many exports.
 
     Args:
         ratio: Share of the channels of every layer to remove, 0 to 1; without a ``target`` 0.4.

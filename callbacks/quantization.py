@@ -35,7 +35,7 @@ def network_to_quantize(module: RetinaFaceModule, settings: QuantizationSettings
     """
     if not isinstance(module.network, RetinaFace):
         raise InputError("quantization: the network is quantized already; give the checkpoint of the stage before")
-    if settings.weight_bits == 8 and saturates_int8():
+    if settings.weight_bits == 8 and settings.backend != "tensorrt" and saturates_int8():
         rank_zero_warn(
             "quantization: this machine's CPU has no INT8 dot products (VNNI), so sums of products of 8-bit numbers "
             "are cut off at 16 bits; set weight_bits to 7 if the model is to run on such CPUs"
@@ -50,8 +50,8 @@ class QuantizationAwareTraining(L.Callback):
 
     With ``keep_float: auto`` it measures what stays in float, on training photos and this machine's CPU; see
     :func:`retinaface.evaluation.mixed_precision.choose_keep_float`. That takes some 40 exports and evaluations, a
-    quarter of an hour or more, for which other processes wait (with NCCL 10 minutes, ``timeout`` of Lightning's
-    ``DDPStrategy``). A ``fast_dev_run`` measures nothing and leaves the heads in float.
+    quarter of an hour or more, for which other processes wait. A ``fast_dev_run`` measures nothing and leaves the
+    heads in float.
 
     Args:
         keep_float: Modules, with all below them, that stay in float, such as ``backbone.stage1`` or ``class_heads``; or
@@ -64,6 +64,8 @@ class QuantizationAwareTraining(L.Callback):
         weight_bits: 8, or 7 for CPUs without VNNI.
         ap_budget: Largest loss of average precision (all) before training that ``auto`` allows.
         choose_photos: Training photos that ``auto`` measures it on.
+        size: Side in pixels of the picture with which ``auto`` times.
+        threads: Threads with which ``auto`` times; by default every physical core.
 
     Raises:
         InputError: A number is out of range; when a fit begins, ``keep_float`` names an unknown module, the network is
@@ -81,6 +83,8 @@ class QuantizationAwareTraining(L.Callback):
         weight_bits: int = 8,
         ap_budget: float = 0.01,
         choose_photos: int = 64,
+        size: int = 640,
+        threads: int | None = None,
     ) -> None:
         self.chooses = keep_float == "auto"
         self.settings = QuantizationSettings(
@@ -92,6 +96,8 @@ class QuantizationAwareTraining(L.Callback):
             raise InputError(f"quantization: choose_photos is {choose_photos}; expected 1 or more")
         self.ap_budget = ap_budget
         self.choose_photos = choose_photos
+        self.size = size
+        self.threads = threads
         self.freeze_at = freeze_at
         self.freeze_statistics_at = freeze_at if freeze_statistics_at is None else freeze_statistics_at
         for name in ("freeze_at", "freeze_statistics_at"):
@@ -124,7 +130,9 @@ class QuantizationAwareTraining(L.Callback):
         # Ranges come from other photos than those measured on, as they will when the network is used.
         photos = evenly_spread(samples, 2 * self.choose_photos)
         pictures = CalibrationPictures(photos[1::2] or photos, _CALIBRATION_PHOTOS)
-        choice = choose_keep_float(network, photos[::2], pictures, self.ap_budget, self.settings, report=_report)
+        choice = choose_keep_float(
+            network, photos[::2], pictures, self.ap_budget, self.settings, self.size, self.threads, _report
+        )
         _report_choice(choice)
         return choice.keep_float
 
@@ -141,8 +149,7 @@ class QuantizationAwareTraining(L.Callback):
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module.network, FakeQuantizedRetinaFace)
-        epochs = trainer.max_epochs or -1
-        done = trainer.current_epoch / epochs if epochs > 0 else 0.0
+        done = trainer.global_step / trainer.estimated_stepping_batches  # infinite without a limit
         pl_module.network.ranges_frozen = done >= self.freeze_at
         pl_module.network.statistics_frozen = done >= self.freeze_statistics_at
 

@@ -31,7 +31,7 @@ class CalibrationSettings:
     Attributes:
         observer: ``minmax``: all that was seen; ``moving_average``: the ends, averaged over the photos; ``histogram``:
             what makes the squared error of the rounding smallest; ``percentile``: all but the rarest values.
-        percentile: Share of the values, in percent, that ``percentile`` keeps within the range.
+        percentile: Share of the values, in percent, that ``percentile`` keeps on the inner side of each end.
         correct_biases: Whether the mean that each channel loses by rounding is given back to its bias
             (arXiv:1906.04721, section 4.2, from data).
     """
@@ -105,6 +105,8 @@ def _range(observer: UniformQuantizationObserverBase, settings: CalibrationSetti
     """The ends of an activation's range."""
     if settings.observer == "histogram":  # torchao searches for them, and tells scale and zero point
         scale, zero_point = observer.calculate_qparams()
+        if observer.qscheme == torch.per_tensor_symmetric:
+            zero_point = (observer.quant_min + observer.quant_max) / 2
         low, high = ((end - zero_point) * scale for end in (observer.quant_min, observer.quant_max))
         return low.squeeze(), high.squeeze()
     if settings.observer == "percentile":

@@ -102,7 +102,7 @@ class SymmetricActivationFakeQuantize(ActivationFakeQuantize):
     The fused kernel would give a range that begins at 0, as after a ReLU, the zero point -128.
     """
 
-    _observes = _rounds = True  # reading the buffers that say so would wait for the device
+    _observes = _rounds = True  # reading the buffers that say so would wait for the device, as torchao's observer does
 
     def enable_observer(self, enabled: bool = True) -> None:
         """As the base class."""
@@ -117,16 +117,22 @@ class SymmetricActivationFakeQuantize(ActivationFakeQuantize):
     def forward(self, X: Tensor) -> Tensor:
         """Keeps shape and type; rounds in float32, also where autocast computes in bfloat16."""
         if self._observes:
-            observer = self.activation_post_process
-            observer(X.float())
-            scale, _ = observer.calculate_qparams()
-            self.scale.copy_(scale)
+            self._observe(X.detach().float())
         if not self._rounds:
             return X
         rounded = torch.fake_quantize_per_tensor_affine(
             X.float(), self.scale, self.zero_point.int(), self.quant_min, self.quant_max
         )
         return rounded.to(X.dtype)
+
+    def _observe(self, values: Tensor) -> None:
+        observer = self.activation_post_process
+        for end, new in zip((observer.min_val, observer.max_val), torch.aminmax(values), strict=True):
+            moved = end + observer.averaging_constant * (new - end)
+            end.copy_(torch.where(end.isinf(), new, moved))  # infinite before the first batch
+        largest = torch.maximum(-observer.min_val, observer.max_val).clamp(min=0)
+        scale = largest / ((self.quant_max - self.quant_min) / 2)
+        self.scale.copy_(scale.clamp(min=torch.finfo(torch.float32).eps))
 
 
 class PerChannelFakeQuantize(FakeQuantizeBase):

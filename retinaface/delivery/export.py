@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
 from retinaface.compression.quantization import FakeQuantizedRetinaFace, convert
 from retinaface.compression.structure import Network
+from retinaface.cpus import saturates_int8
 from retinaface.data.annotations import MEAN_BGR
+from retinaface.delivery.session import open_session
 from retinaface.delivery.tensorrt import require_tensorrt_form
 from retinaface.errors import InputError
 from retinaface.model.network import DYNAMIC_SHAPE, Outputs, export_example
@@ -106,7 +107,8 @@ def _to_onnx(graph: nn.Module) -> onnx.ModelProto:
 
 
 def _check_outputs(graph: nn.Module, network: Network, path: Path) -> None:
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    # Where sums saturate the file is not to blame: ONNX Runtime can be told to compute exactly there.
+    session = open_session(path, entries={"session.x64quantprecision": "1"} if saturates_int8() else None)
     generator = torch.Generator().manual_seed(0)
     for shape in ((1, 3, 64, 96), (2, 3, 160, 120)):
         images = torch.rand(shape, generator=generator) * 255 - 110
@@ -115,7 +117,12 @@ def _check_outputs(graph: nn.Module, network: Network, path: Path) -> None:
         found = [torch.from_numpy(output) for output in session.run(list(OUTPUT_NAMES), {INPUT_NAME: images.numpy()})]
         if isinstance(network, FakeQuantizedRetinaFace):
             exact = _without_rounding(network, images)
-            allowed = [_INT8_TOLERANCE * (a - b).abs().mean() for a, b in zip(wanted, exact, strict=True)]
+            cost = [(a - b).abs().mean() for a, b in zip(wanted, exact, strict=True)]
+            # An output that no rounding reaches costs nothing, and differs as in float.
+            allowed = [
+                torch.maximum(_INT8_TOLERANCE * each, _FLOAT_TOLERANCE * output.std())
+                for each, output in zip(cost, wanted, strict=True)
+            ]
             differences = [(a - b).abs().mean() for a, b in zip(wanted, found, strict=True)]
         else:
             allowed = [_FLOAT_TOLERANCE * (output.std() + 1e-6) for output in wanted]

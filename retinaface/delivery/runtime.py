@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from retinaface.compression.structure import load_network
 from retinaface.cpus import saturates_int8, usable_cpus
 from retinaface.delivery.export import INPUT_NAME, METADATA_KEY, OUTPUT_NAMES
+from retinaface.delivery.session import open_session
 from retinaface.errors import InputError
 from retinaface.model.network import NetworkConfig, Outputs, normalize, pad_small
 from retinaface.model.postprocess import Detections, postprocess
@@ -91,13 +91,7 @@ def load_detector(path: Path | str, threads: int | None = None) -> Detector:
 
 
 def _load_onnx(path: Path, threads: int | None) -> Detector:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or len(usable_cpus())
-    options.log_severity_level = 3
-    try:
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's own exceptions have no common base
-        raise InputError(f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0][:160]})") from error
+    session = open_session(path, threads or len(usable_cpus()))
     metadata = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     try:
         facts = json.loads(metadata)
@@ -109,8 +103,7 @@ def _load_onnx(path: Path, threads: int | None) -> Detector:
     if facts.get("weight_bits") == 8 and saturates_int8():
         warnings.warn(
             f"{path}: this CPU has no INT8 dot products (VNNI), so sums of products of 8-bit numbers are cut off at 16 "
-            "bits and faces can be missed; quantize with `weight_bits: 7` "
-            "(callbacks.QuantizationAwareTraining), or evaluate this file here before you use it",
+            "bits and faces can be missed; quantize with `weight_bits: 7`, or evaluate this file here before using it",
             stacklevel=3,
         )
 

@@ -22,6 +22,7 @@ from rich.table import Table
 from scipy.stats import quantile_test
 
 from retinaface.cpus import cpu_flags, cpu_name, physical_cores, usable_cpus
+from retinaface.delivery.session import open_session
 from retinaface.errors import InputError
 from retinaface.progress import with_progress
 
@@ -129,17 +130,9 @@ def _prepare(model: Path, size: int, batch: int, threads: int) -> _Call:
     """Open a model, make its input and run it once."""
     if not model.is_file():
         raise InputError(f"{model}: no such file; expected an ONNX model")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
     # Threads that one session leaves waiting in a busy loop take the cores from the next: three equal models took
     # 28 ms each in turns, but 15 ms alone, and 15 ms in turns with this option.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    try:
-        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
-        raise InputError(f"{model}: ONNX Runtime cannot open it as an ONNX model: {_one_line(error)}") from None
+    session = open_session(model, threads, {"session.force_spinning_stop": "1"})
     inputs = session.get_inputs()
     if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type not in _INPUT_TYPES:
         found = ", ".join(f"{one.name} {one.type} {one.shape}" for one in inputs)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Literal
 
 import onnx
-import onnxruntime as ort
 from onnx import NodeProto
 
+from retinaface.delivery.session import open_session
 from retinaface.errors import InputError
 
 RuntimeName = Literal["onnxruntime", "openvino"]
@@ -82,15 +82,10 @@ def convolutions_in_int8(path: Path, runtime: RuntimeName = "onnxruntime") -> In
 
 
 def _executed_by_onnxruntime(path: Path) -> list[_Executed]:
-    options = ort.SessionOptions()  # all optimizations are its default
-    options.log_severity_level = 3
     with tempfile.TemporaryDirectory() as folder:
-        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-        try:
-            ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's own exceptions have no common base
-            raise InputError(f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0][:160]})") from error
-        nodes = onnx.load(options.optimized_model_filepath).graph.node
+        optimized = Path(folder) / "optimized.onnx"
+        open_session(path, optimized=optimized)
+        nodes = onnx.load(optimized).graph.node
     return [
         # A copy of a node is called as it was, with a number.
         _Executed(node.op_type in _ORT_INT8, frozenset([re.sub(r"_token_\d+$", "", node.name)]))

@@ -35,7 +35,7 @@ from retinaface.progress import SizedIterable
 # Blocks, or None for a network that is wholly in float.
 Kept = tuple[str, ...] | None
 
-_CALIBRATION = CalibrationSettings("percentile")
+_CALIBRATION = CalibrationSettings()
 _ROUNDS = 60
 _TIMED_TOGETHER = 6
 _MOST_TRIES = 8
@@ -279,7 +279,7 @@ def choose_keep_float(
     threads: int | None = None,
     report: Callable[[Trial], None] = lambda trial: None,
 ) -> Choice:
-    """Chooses what stays in float: as fast as can be, while INT8 without training loses little average precision.
+    """Chooses what stays in float, so that the network is fast and INT8 without training loses little accuracy.
 
     First each of :func:`units` is measured alone. Starting from INT8 everywhere, what is faster in float is added,
     best first, as long as the whole gets faster. While too much average precision is lost, what wins most of it back
@@ -317,10 +317,10 @@ def choose_keep_float(
         meter = _Meter(network, samples, pictures, settings, Path(folder), size, threads)
         search = _Search(meter, _measure_units(meter), budget, report)
         search.add_what_is_faster_in_float()
-        search.require_faster_than_float()  # what is added for accuracy makes it slower
+        search.require_faster_than_float("deliver the float network")  # what is added for accuracy makes it slower
         search.add_what_wins_back_accuracy()
         search.require_within_budget()
-        search.require_faster_than_float()
+        search.require_faster_than_float("deliver the float network, or allow a larger loss of average precision")
     return Choice(search.current, search.whole, search.tried, search.measured)
 
 
@@ -344,8 +344,10 @@ class _Search:
         def gain(unit: Trial) -> float:
             return unit.ap - self.measured.int8.ap
 
+        missing = self.whole.ap - self.current.ap - self.budget
+
         def gain_per_lost_time(unit: Trial) -> float:
-            return gain(unit) / max(1 / unit.speedup - 1, _SAME_SPEED)
+            return min(gain(unit), missing) / max(1 / unit.speedup - 1, _SAME_SPEED)
 
         helpful = [unit for unit in self.measured.units.values() if gain(unit) > 0]
         self._add(
@@ -388,12 +390,11 @@ class _Search:
                 "(training wins back most of what rounding costs), or name the modules in keep_float"
             )
 
-    def require_faster_than_float(self) -> None:
+    def require_faster_than_float(self, remedy: str) -> None:
         if self.current.speedup <= self.whole.speedup:
             raise InputError(
                 f"quantization: INT8 gains nothing on this machine: with {self._in_float()} in float the network runs "
-                f"{self.current.speedup / self.whole.speedup:.2f}x as fast as in float; deliver the float network, or "
-                "allow a larger loss of average precision"
+                f"{self.current.speedup / self.whole.speedup:.2f}x as fast as in float; {remedy}"
             )
 
 

@@ -6,16 +6,23 @@ from callbacks.first_process import decided_by_first_process
 from retinaface.errors import InputError
 
 
-def trainer(rank, sent=None):
-    """One of two processes: the first one's broadcasts are noted, the other is given what was sent."""
+@pytest.fixture
+def first(monkeypatch):
+    """The first of two processes, with notes of what it sends."""
     notes = []
+    monkeypatch.setattr("callbacks.first_process._broadcast", lambda outcome: notes.append(outcome) or outcome)
+    return SimpleNamespace(world_size=2, is_global_zero=True, notes=notes)
 
-    def broadcast(outcome):
-        notes.append(outcome)
-        return outcome if rank == 0 else sent
 
-    strategy = SimpleNamespace(broadcast=broadcast)
-    return SimpleNamespace(world_size=2, is_global_zero=rank == 0, strategy=strategy, notes=notes)
+@pytest.fixture
+def other(monkeypatch, first):
+    """The second one, which is given what the first one sent."""
+
+    def become_the_other():
+        monkeypatch.setattr("callbacks.first_process._broadcast", lambda outcome: first.notes[-1])
+        return SimpleNamespace(world_size=2, is_global_zero=False)
+
+    return become_the_other
 
 
 def fail(error):
@@ -23,20 +30,19 @@ def fail(error):
 
 
 @pytest.mark.parametrize("decision", [None, "a plan"])
-def test_all_have_the_first_ones_decision(decision):
-    first = trainer(0)
+def test_all_have_the_first_ones_decision(first, other, decision):
     assert decided_by_first_process(first, lambda: decision) == decision
-    other = trainer(1, first.notes[0])
-    assert decided_by_first_process(other, lambda: fail(AssertionError("asked"))) == decision
+    assert decided_by_first_process(other(), lambda: fail(AssertionError("asked"))) == decision
 
 
-def test_an_error_ends_all():
-    for error, expected in ((InputError("no such module"), InputError), (MemoryError("full"), RuntimeError)):
-        first = trainer(0)
-        with pytest.raises(expected, match=str(error)):
-            decided_by_first_process(first, lambda error=error: fail(error))
-        with pytest.raises(expected, match=str(error)):
-            decided_by_first_process(trainer(1, first.notes[0]), lambda: None)
+@pytest.mark.parametrize(
+    ("error", "expected"), [(InputError("no module"), InputError), (MemoryError("full"), RuntimeError)]
+)
+def test_an_error_ends_all(first, other, error, expected):
+    with pytest.raises(expected, match=str(error)):
+        decided_by_first_process(first, lambda: fail(error))
+    with pytest.raises(expected, match=str(error)):
+        decided_by_first_process(other(), lambda: None)
 
 
 def test_one_process_keeps_its_traceback():

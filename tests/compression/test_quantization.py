@@ -126,10 +126,23 @@ def test_only_what_is_to_stay_in_float_does(compressed, onnx_files, tmp_path):
 @pytest.mark.parametrize("backend", ["openvino", "tensorrt"])
 def test_an_activation_that_runs_within_the_convolution_is_not_rounded_twice(float_network, prepared, backend):
     other = prepare_for_training(float_network, QuantizationSettings(keep_float=(), backend=backend))
-    assert len(prepared.activations()) - len(other.activations()) == 38  # LeakyReLUs
+    assert len(prepared.activations()) - len(other.activations()) == 38 + 9  # LeakyReLUs; outputs of heads
     for node in other.graph.graph.nodes:
         if node.target is torch.ops.aten.leaky_relu.default:
             assert node.args[0].target is torch.ops.aten.batch_norm.default
+
+
+def test_openvino_runs_every_convolution_of_its_files_in_int8(float_network, tmp_path):
+    pytest.importorskip("openvino", reason="OpenVINO, which is optional, is not installed")
+    network = train(prepare_for_training(float_network, QuantizationSettings(keep_float=(), backend="openvino")), 1)
+    export_onnx(network, tmp_path / "int8.onnx")
+    operations = Counter(node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node)
+    assert operations["Conv"] == 56
+    core = pytest.importorskip("openvino").Core()
+    executed = core.compile_model(tmp_path / "int8.onnx", "CPU").get_runtime_model().get_ops()
+    facts = [{name: value.astype(str) for name, value in each.get_rt_info().items()} for each in executed]
+    found = Counter(each["runtimePrecision"] in ("i8", "u8") for each in facts if each["layerType"] == "Convolution")
+    assert found == {True: 56}
 
 
 def test_tensorrt_has_no_zero_points(float_network, tmp_path):
@@ -207,8 +220,10 @@ def test_either_of_them_can_stand_still_alone(fresh):
     assert activation_ranges(fresh) != ranges
 
 
-def test_mixed_precision_rounds_on_the_same_grid(fresh, float_network):
+@pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt"])
+def test_mixed_precision_rounds_on_the_same_grid(float_network, backend):
     """Autocast computes in bfloat16, whose 8 bits would be too coarse for what is rounded to 8 bits."""
+    fresh = prepare_for_training(float_network, QuantizationSettings(keep_float=(), backend=backend))
     precise = deepcopy(fresh).train()
     images = pictures(7)
     with torch.no_grad():

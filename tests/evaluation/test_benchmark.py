@@ -128,7 +128,7 @@ def test_bad_models_are_refused(tmp_path):
         benchmark([good, tmp_path / "missing.onnx"])
     text = tmp_path / "text.onnx"
     text.write_text("this is\nno model")
-    with pytest.raises(InputError, match=r"text\.onnx: ONNX Runtime cannot open it") as error:
+    with pytest.raises(InputError, match=r"text\.onnx: ONNX Runtime cannot load it") as error:
         benchmark([text])
     assert "\n" not in str(error.value)
     fixed = save_model(tmp_path / "fixed.onnx", shape=(1, 3, 64, 64))
