@@ -82,10 +82,12 @@ def build_report(
 def _model(
     name: str, checkpoint: Path, file: Path, evaluation: Evaluation, timing: Timing, size: int
 ) -> dict[str, Any]:
-    params, macs = count_complexity(load_structure(checkpoint).build_float(), size)
+    structure = load_structure(checkpoint)
+    params, macs = count_complexity(structure.build_float(), size)
     share = convolutions_in_int8(file)
     return {
         "name": name,
+        "backend": None if structure.quantization is None else structure.quantization.backend,
         "ap": evaluation.accuracy.ap,
         "ap_by_size": evaluation.accuracy.ap_by_size,
         "landmark_error": evaluation.landmark_error,
@@ -202,6 +204,7 @@ def report_markdown(report: Mapping[str, Any]) -> str:
         f"{timing['size']}x{timing['size']}.",
         "- **INT8 convs:** how many of the convolutions ONNX Runtime executes in INT8 on this machine: counted in its "
         "graph after all optimizations, not in the file. `report.json` names the others (`float_convolutions`).",
+        *_foreign_backends(report["models"]),
         f"- **Machine:** {machine['cpu']}, {machine['cores']} cores, INT8 instructions: "
         f"{', '.join(machine['flags']) or 'unknown'}; {machine['os']}.",
         f"- **Versions:** Python {machine['python']}, torch {machine['torch']}, lightning {machine['lightning']}, "
@@ -209,3 +212,13 @@ def report_markdown(report: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _foreign_backends(models: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each model that was made for another runtime than the one that everything is measured in."""
+    return [
+        f"- **{model['name']}** was made for {model['backend']}; what ONNX Runtime makes of it (ms, speed-up, INT8 "
+        "convs) says nothing about its speed there."
+        for model in models
+        if model["backend"] not in (None, "onnxruntime")
+    ]

@@ -134,3 +134,11 @@ def test_a_real_report_of_one_model(files, tiny_checkpoint, tiny_root):
     assert report["data"]["photos"] == 5
     assert 0 <= report["models"][0]["ap"]["all"] <= 1
     assert report["models"][0]["ap"]["easy"] is None
+
+
+def test_a_model_for_another_runtime_is_told(build):
+    report = build(0.9, 0.9, 0.8)
+    assert [model["backend"] for model in report["models"]] == [None] * 3
+    assert "made for" not in report_markdown(report)
+    report["models"][2]["backend"] = "openvino"
+    assert "**int8** was made for openvino" in report_markdown(report)
