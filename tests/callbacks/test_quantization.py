@@ -123,7 +123,7 @@ def asked(monkeypatch):
     """What a choice was asked for, each time; it is the pyramid, at once instead of in a quarter of an hour."""
     asked = []
 
-    def choose(network, samples, pictures, budget, settings, report):
+    def choose(network, samples, pictures, budget, settings, size, threads, report):
         chosen, whole = Trial(("fpn",), 0.795, 1.1, True), Trial(None, 0.8, 0.5, True)
         asked.append((samples, pictures, budget, settings))
         report(chosen)
