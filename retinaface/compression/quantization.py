@@ -255,4 +255,18 @@ def convert(network: FakeQuantizedRetinaFace) -> GraphModule:
         network(torch.zeros(1, 3, 64, 64))  # the ranges of the weights as they are now
     converted = convert_pt2e(network.graph)
     assert isinstance(converted, GraphModule)
+    _round_biases(converted)
     return converted
+
+
+def _round_biases(graph: GraphModule) -> None:
+    """Rounds the biases of INT8 convolutions to what INT8 kernels add: whole products of an input and a weight step."""
+    for node in graph.graph.nodes:
+        if node.target not in CONVOLUTIONS or len(node.args) < 3 or node.args[2] is None:
+            continue
+        images, weight, bias = node.args[:3]
+        if not all(source.op == "call_function" and "dequantize" in str(source.target) for source in (images, weight)):
+            continue  # stays in float
+        step = images.args[1] * graph.get_buffer(str(weight.args[1].target))
+        values = graph.get_parameter(str(bias.target))
+        values.data = (values / step).round() * step

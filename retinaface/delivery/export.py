@@ -27,11 +27,10 @@ INPUT_NAME = "images"
 OUTPUT_NAMES = ("class_logits", "box_deltas", "landmark_deltas")
 
 # Largest difference between ONNX Runtime and torch. Float: of any number, relative to the spread of torch's output.
-# INT8: the mean, relative to what the rounding to INT8 costs. A value that falls on the other side of a rounding step
-# moves everything after it: of the public mobilenet0.25 on photos 0.01 % of the first convolution's outputs differ, by
-# one step, and half of those of the twentieth. Outputs differ by up to .95 of what rounding costs.
+# INT8: the mean, relative to what the rounding to INT8 costs: a value that falls on the other side of a rounding step
+# moves everything after it. On the public mobilenet0.25, on photos and noise, it was 0 to .3.
 _FLOAT_TOLERANCE = 1e-3
-_INT8_TOLERANCE = 1.5
+_INT8_TOLERANCE = 0.75
 
 
 def export_onnx(network: Network, path: Path) -> None:

@@ -1,0 +1,44 @@
+"""What is trained and what is delivered find the same faces."""
+
+import numpy as np
+import pytest
+import torch
+
+from retinaface.compression.calibration import CalibrationPictures, CalibrationSettings, calibrate
+from retinaface.compression.quantization import QuantizationSettings, convert, prepare_for_training
+from retinaface.compression.structure import load_float_network
+from retinaface.data.annotations import load_split
+from retinaface.delivery.export import export_onnx
+from retinaface.delivery.runtime import Detector, load_detector
+from retinaface.evaluation.evaluate import detect_all
+from retinaface.evaluation.wider_ap import area_under, subset_curves
+
+
+def average_precision(detector, samples):
+    found = detect_all(detector, samples, "")
+    detections = [np.column_stack([faces.boxes.numpy(), faces.scores.numpy()]) for faces in found]
+    faces = [{"all": sample.counted["all"]} for sample in samples]
+    return area_under(subset_curves(detections, [sample.boxes for sample in samples], faces)["all"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep_float", [(), ("backbone.stage1",)], ids=["all", "mixed"])
+def test_runtime_finds_what_the_converted_network_finds(reference, tmp_path, keep_float):
+    """At most .002 of AP apart; scores differ where a value falls on the other side of a rounding step."""
+    network, _ = load_float_network(reference / "weights" / "mobilenet025_widerface.pth")
+    samples = load_split(reference / "masks_wider", "val")
+    prepared = prepare_for_training(network, QuantizationSettings(keep_float=keep_float))
+    photos = CalibrationPictures(load_split(reference / "masks_wider", "train"), 32)
+    calibrate(prepared, photos, CalibrationSettings())
+    export_onnx(prepared, tmp_path / "int8.onnx")
+    graph = convert(prepared)
+    runtime, torch_int8 = (
+        load_detector(tmp_path / "int8.onnx"),
+        Detector(network.config, torch.no_grad()(graph), "torch"),
+    )
+    found, expected = (average_precision(detector, samples) for detector in (runtime, torch_int8))
+    images = next(iter(CalibrationPictures(samples, 1)))
+    scores = [detector.run(images)[0].softmax(-1)[..., 1] for detector in (runtime, torch_int8)]
+    print(f"AP {found:.4f} and {expected:.4f}, scores differ by {(scores[0] - scores[1]).abs().max():.3f} at most")
+    assert found == pytest.approx(expected, abs=0.002)
+    assert (scores[0] - scores[1]).abs().mean() < 1e-3
