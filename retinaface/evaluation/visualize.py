@@ -224,7 +224,7 @@ def plot_report(models: Sequence[Mapping[str, Any]], path: Path) -> None:
         bars = axes.bar([model["name"] for model in models], values, color=_colours(len(models)), width=0.7)
         axes.bar_label(bars, labels=[_cost_label(value, values[0], gain) for value in values], padding=2)
         axes.set(title=title, ylabel=unit)
-        axes.margins(y=0.2)
+        axes.margins(y=0.3)
         _tidy(axes)
     _save(figure, path)
 
@@ -356,7 +356,7 @@ def _plot_ap(axes: Axes, models: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _cost_label(value: float, reference: float, gain: str) -> str:
-    ratio = f"\n{reference / value:.1f}x {gain}" if 0 < value < reference else ""
+    ratio = f"\n{reference / value:.1f}x\n{gain}" if 0 < value < reference else ""
     return f"{value:.3g}{ratio}"
 
 

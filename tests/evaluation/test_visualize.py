@@ -202,7 +202,7 @@ def test_mixed_precision_has_a_row_per_part(tmp_path):
 def test_report_shows_what_is_kept_and_gained(tmp_path):
     plot_report(report_models(), tmp_path / "report.svg")
     text = svg_text(tmp_path / "report.svg")
-    for label in ("teacher", "int8", "0.760", "(95.0%)", "2.0x faster", "4.0x smaller", "1.5x fewer"):
+    for label in ("teacher", "int8", "0.760", "(95.0%)", "2.0x", "faster", "4.0x", "smaller", "1.5x", "fewer"):
         assert label in text
     assert "easy" not in text
     plot_report(report_models(easy=0.9, medium=0.8, hard=0.6), tmp_path / "report.svg")
