@@ -227,7 +227,7 @@ def test_every_stage_of_every_recipe_trains_a_step(path, backbone, name, tiny_ro
         shutil.copy(trained, checkpoint)
     stage = next(stage for stage in run.recipe.stages if stage.name == name)
     cli = train.main(run.arguments(stage))
-    assert cli.trainer.global_step == 1
+    assert cli.trainer.global_step == (0 if name == "ptq" else 1)
     assert cli.trainer.default_root_dir == str(tmp_path / "out" / name)
 
 

@@ -184,7 +184,7 @@ def test_sensitivity(checkpoint_files, tiny_root, tmp_path, monkeypatch, capsys)
 
     def measure(*arguments):
         asked.append(arguments)
-        return Sensitivity(0.7, 3, [GroupSensitivity("fpn.lateral.0.0", 16, [point] * 3)])
+        return Sensitivity(0.7, 3, "l1", [GroupSensitivity("fpn.lateral.0.0", 16, [point] * 3)])
 
     monkeypatch.setattr("retinaface.evaluation.sensitivity.measure_sensitivity", measure)
     model, out = checkpoint_files["float"], tmp_path / "found"

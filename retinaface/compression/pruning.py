@@ -123,7 +123,7 @@ class PruningSettings:
             raise InputError(
                 f"pruning: max_ratio is {self.max_ratio}; expected a share of the channels between 0 and 1"
             )
-        for name, value in {"ratio": self.share, **self.ratios}.items():
+        for name, value in {"ratio": self.ratio or 0.0, **self.ratios}.items():
             if value > self.max_ratio:
                 raise InputError(f"pruning: {name} is {value}, above max_ratio, which is {self.max_ratio}; change one")
         for name, choices in (("importance", get_args(Importance)), ("ranking", get_args(Ranking))):
