@@ -7,7 +7,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
-from callbacks.quantization import network_to_quantize
+from callbacks.quantization import network_to_quantize, training_samples
 from lightning_modules import RetinaFaceModule
 from retinaface.compression.calibration import CalibrationPictures, CalibrationSettings, Observer, calibrate
 from retinaface.compression.quantization import HEADS, QuantizationSettings, prepare_for_training
@@ -58,9 +58,7 @@ class PostTrainingQuantization(L.Callback):
         trainer.fit_loop.max_epochs = 0
         network = prepare_for_training(network_to_quantize(pl_module, self.settings), self.settings)
         if trainer.ckpt_path is None:  # else the checkpoint brings the ranges
-            samples = getattr(trainer.datamodule, "train_samples", None)  # type: ignore[attr-defined]
-            if not samples:
-                raise InputError("quantization: calibration needs photos; give a data module")
+            samples = training_samples(trainer, "quantization: calibration needs photos; give a data module")
             calibrate(
                 network.to(trainer.strategy.root_device), CalibrationPictures(samples, self.photos), self.calibration
             )

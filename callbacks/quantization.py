@@ -19,7 +19,7 @@ from retinaface.compression.quantization import (
 )
 from retinaface.compression.quantizer import BackendName
 from retinaface.cpus import saturates_int8
-from retinaface.data.annotations import evenly_spread
+from retinaface.data.annotations import Sample, evenly_spread
 from retinaface.errors import InputError
 from retinaface.evaluation.mixed_precision import Choice, Trial, choose_keep_float
 from retinaface.model.network import RetinaFace
@@ -41,6 +41,18 @@ def network_to_quantize(module: RetinaFaceModule, settings: QuantizationSettings
             "are cut off at 16 bits; set weight_bits to 7 if the model is to run on such CPUs"
         )
     return module.network
+
+
+def training_samples(trainer: L.Trainer, otherwise: str) -> Sequence[Sample]:
+    """The training photos of the trainer's data module.
+
+    Raises:
+        InputError: With the given message, if it has none.
+    """
+    samples: Sequence[Sample] | None = getattr(trainer.datamodule, "train_samples", None)  # type: ignore[attr-defined]
+    if not samples:
+        raise InputError(otherwise)
+    return samples
 
 
 class QuantizationAwareTraining(L.Callback):
@@ -121,12 +133,11 @@ class QuantizationAwareTraining(L.Callback):
         pl_module.structure.quantization = settings
 
     def _choose(self, trainer: L.Trainer, network: RetinaFace) -> tuple[str, ...]:
-        samples = getattr(trainer.datamodule, "train_samples", None)  # type: ignore[attr-defined]
-        if not samples:
-            raise InputError(
-                "quantization: keep_float auto measures on training photos, so it needs a data module; give one, or "
-                "name the modules"
-            )
+        samples = training_samples(
+            trainer,
+            "quantization: keep_float auto measures on training photos, so it needs a data module; give one, or name "
+            "the modules",
+        )
         # Ranges come from other photos than those measured on, as they will when the network is used.
         photos = evenly_spread(samples, 2 * self.choose_photos)
         pictures = CalibrationPictures(photos[1::2] or photos, _CALIBRATION_PHOTOS)

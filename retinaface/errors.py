@@ -9,7 +9,7 @@ class InputError(Exception):
     """
 
 
-def one_line(error: InputError) -> str:
+def one_line(error: Exception) -> str:
     """The message of an error, also when a data loading process passed it on inside its traceback."""
     passed_on = f"{InputError.__module__}.{InputError.__qualname__}: "
     return " ".join(str(error).rpartition(passed_on)[2].split())

@@ -15,10 +15,10 @@ from torchao.quantization.pt2e.observer import (
 )
 
 from retinaface.compression.quantization import FakeQuantizedRetinaFace
-from retinaface.compression.quantizer import CONVOLUTIONS, ActivationFakeQuantize, ops
+from retinaface.compression.quantizer import CONVOLUTIONS, ActivationFakeQuantize, bias_of, ops
 from retinaface.data.annotations import Sample, evenly_spread, read_image
 from retinaface.errors import InputError
-from retinaface.model.network import normalize, pad_small
+from retinaface.model.network import as_input, pad_small
 from retinaface.progress import SizedIterable, with_progress
 
 Observer = Literal["minmax", "moving_average", "histogram", "percentile"]
@@ -153,7 +153,7 @@ class CalibrationPictures:
     def __iter__(self) -> Iterator[Tensor]:
         """Gives ``(1, 3, H, W)`` float32; an InputError names a photo that cannot be read."""
         for path in self._paths:
-            yield pad_small(normalize(torch.from_numpy(read_image(path)).permute(2, 0, 1)[None]))
+            yield pad_small(as_input(read_image(path)))
 
 
 class _ChannelMeans(Interpreter):
@@ -184,6 +184,4 @@ class _ChannelMeans(Interpreter):
 
 def _has_bias(node: Node) -> bool:
     """Whether a node adds a bias per channel: a batch norm, or a convolution without one."""
-    if node.target is ops.batch_norm.default:
-        return True
-    return node.target in CONVOLUTIONS and len(node.args) > 2 and node.args[2] is not None
+    return node.target is ops.batch_norm.default or (node.target in CONVOLUTIONS and bias_of(node) is not None)

@@ -112,7 +112,8 @@ class PruningSettings:
     def __post_init__(self) -> None:
         if self.ratio is not None and self.target is not None:
             raise InputError("pruning: ratio and target are both given, and each says how much goes; give one")
-        for name, value in {"ratio": self.share, **self.ratios}.items():
+        given = self.ratios if self.ratio is None else {"ratio": self.ratio, **self.ratios}
+        for name, value in given.items():
             if not 0 <= value < 1:
                 raise InputError(f"pruning: {name} is {value}; expected a share of the channels, from 0 up to below 1")
         if self.round_to < 1:
@@ -123,7 +124,7 @@ class PruningSettings:
             raise InputError(
                 f"pruning: max_ratio is {self.max_ratio}; expected a share of the channels between 0 and 1"
             )
-        for name, value in {"ratio": self.ratio or 0.0, **self.ratios}.items():
+        for name, value in given.items():
             if value > self.max_ratio:
                 raise InputError(f"pruning: {name} is {value}, above max_ratio, which is {self.max_ratio}; change one")
         for name, choices in (("importance", get_args(Importance)), ("ranking", get_args(Ranking))):

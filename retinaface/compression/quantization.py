@@ -22,6 +22,7 @@ from retinaface.compression.quantizer import (
     BackendName,
     BackendQuantizer,
     PerChannelFakeQuantize,
+    bias_of,
     is_in,
     only_user,
     ops,
@@ -262,9 +263,9 @@ def convert(network: FakeQuantizedRetinaFace) -> GraphModule:
 def _round_biases(graph: GraphModule) -> None:
     """Rounds the biases of INT8 convolutions to what INT8 kernels add: whole products of an input and a weight step."""
     for node in graph.graph.nodes:
-        if node.target not in CONVOLUTIONS or len(node.args) < 3 or node.args[2] is None:
+        if node.target not in CONVOLUTIONS or (bias := bias_of(node)) is None:
             continue
-        images, weight, bias = node.args[:3]
+        images, weight = node.args[:2]
         if not all(source.op == "call_function" and "dequantize" in str(source.target) for source in (images, weight)):
             continue  # stays in float
         step = images.args[1] * graph.get_buffer(str(weight.args[1].target))

@@ -22,6 +22,8 @@ from torchao.quantization.pt2e.quantizer import (
     SharedQuantizationSpec,
 )
 
+from retinaface.model.network import lies_in
+
 BackendName = Literal["onnxruntime", "openvino", "tensorrt"]
 
 ops = torch.ops.aten
@@ -306,4 +308,9 @@ def module_name(node: Node) -> str:
 def is_in(node: Node, modules: Sequence[str]) -> bool:
     """Whether a graph node came from one of these modules, or from one below them."""
     name = module_name(node)
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
+    return any(lies_in(name, module) for module in modules)
+
+
+def bias_of(convolution: Node) -> Node | None:
+    """What a convolution adds to each channel, if anything."""
+    return convolution.args[2] if len(convolution.args) > 2 else None  # type: ignore[return-value]

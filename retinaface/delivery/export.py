@@ -108,14 +108,16 @@ def _to_onnx(graph: nn.Module) -> onnx.ModelProto:
 def _check_outputs(graph: nn.Module, network: Network, path: Path) -> None:
     # Where sums saturate the file is not to blame: ONNX Runtime can be told to compute exactly there.
     session = open_session(path, entries={"session.x64quantprecision": "1"} if saturates_int8() else None)
+    quantized = deepcopy(network).cpu().eval() if isinstance(network, FakeQuantizedRetinaFace) else None
     generator = torch.Generator().manual_seed(0)
     for shape in ((1, 3, 64, 96), (2, 3, 160, 120)):
         images = torch.rand(shape, generator=generator) * 255 - 110
         with torch.no_grad():
             wanted: tuple[Tensor, ...] = graph(images)
         found = [torch.from_numpy(output) for output in session.run(list(OUTPUT_NAMES), {INPUT_NAME: images.numpy()})]
-        if isinstance(network, FakeQuantizedRetinaFace):
-            exact = _without_rounding(network, images)
+        if quantized is not None:
+            with torch.no_grad(), quantized.without_rounding():
+                exact: Outputs = quantized(images)
             cost = [(a - b).abs().mean() for a, b in zip(wanted, exact, strict=True)]
             # An output that no rounding reaches costs nothing, and differs as in float.
             allowed = [
@@ -132,10 +134,3 @@ def _check_outputs(graph: nn.Module, network: Network, path: Path) -> None:
                     f"{path.name}: {name} of ONNX Runtime differs from torch by {difference:.2g}; at most {most:.2g} "
                     "was expected"
                 )
-
-
-def _without_rounding(network: FakeQuantizedRetinaFace, images: Tensor) -> Outputs:
-    network = deepcopy(network).cpu().eval()
-    with torch.no_grad(), network.without_rounding():
-        outputs: Outputs = network(images)
-    return outputs

@@ -16,7 +16,7 @@ from retinaface.cpus import saturates_int8, usable_cpus
 from retinaface.delivery.export import INPUT_NAME, METADATA_KEY, OUTPUT_NAMES
 from retinaface.delivery.session import open_session
 from retinaface.errors import InputError
-from retinaface.model.network import NetworkConfig, Outputs, normalize, pad_small
+from retinaface.model.network import NetworkConfig, Outputs, as_input, pad_small
 from retinaface.model.postprocess import Detections, postprocess
 
 
@@ -54,7 +54,7 @@ class Detector:
         Returns:
             The faces, best first, in pixels of the picture.
         """
-        images = pad_small(normalize(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]))
+        images = pad_small(as_input(image))
         outputs = self.run(images)
         size = (images.shape[2], images.shape[3])
         return postprocess(outputs, size, self.config, score_threshold, nms_threshold, top_k, keep)[0]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from retinaface.errors import InputError
+from retinaface.errors import InputError, one_line
 
 
 def open_session(
@@ -38,4 +38,4 @@ def open_session(
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own exceptions have no common base
-        raise InputError(f"{path}: ONNX Runtime cannot load it ({' '.join(str(error).split())[:160]})") from error
+        raise InputError(f"{path}: ONNX Runtime cannot load it ({one_line(error)[:160]})") from error

@@ -23,7 +23,7 @@ from scipy.stats import quantile_test
 
 from retinaface.cpus import cpu_flags, cpu_name, physical_cores, usable_cpus
 from retinaface.delivery.session import open_session
-from retinaface.errors import InputError
+from retinaface.errors import InputError, one_line
 from retinaface.progress import with_progress
 
 INT8_FLAGS = ("avx2", "avx512_vnni", "avx_vnni", "amx_int8", "neon", "asimd", "asimddp", "i8mm")
@@ -145,7 +145,7 @@ def _prepare(model: Path, size: int, batch: int, threads: int) -> _Call:
     try:
         call.milliseconds()
     except Exception as error:
-        raise InputError(f"{model}: fails on an input of {list(shape)}: {_one_line(error)}") from None
+        raise InputError(f"{model}: fails on an input of {list(shape)}: {one_line(error)}") from None
     return call
 
 
@@ -257,7 +257,3 @@ def _version(package: str) -> str | None:
     with suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
     return None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -26,10 +26,11 @@ from retinaface.compression.quantization import (
 from retinaface.compression.structure import load_float_network
 from retinaface.data.annotations import Sample, evenly_spread, load_split
 from retinaface.delivery.export import export_onnx
+from retinaface.delivery.runtime import load_detector
 from retinaface.errors import InputError
 from retinaface.evaluation.benchmark import benchmark
-from retinaface.evaluation.sensitivity import average_precision
-from retinaface.model.network import RetinaFace
+from retinaface.evaluation.evaluate import average_precision
+from retinaface.model.network import RetinaFace, lies_in
 from retinaface.progress import SizedIterable
 
 # Blocks, or None for a network that is wholly in float.
@@ -86,20 +87,16 @@ def units(network: RetinaFace) -> dict[str, tuple[str, ...]]:
     for name in names:
         parts = name.split(".")
         for outer in (".".join(parts[:depth]) for depth in range(1, len(parts))):
-            if sum(_lies_in(each, outer) for each in names) > 1:
+            if sum(lies_in(each, outer) for each in names) > 1:
                 found[outer] = (outer,)
         found[name] = (name,)
     return found | {"*_heads": HEADS}
 
 
-def _lies_in(name: str, outer: str) -> bool:
-    return name == outer or name.startswith(f"{outer}.")
-
-
 def _joined(kept: tuple[str, ...], added: tuple[str, ...]) -> tuple[str, ...]:
     """Both, without what lies in another; the first itself if it holds the other already."""
-    new = [name for name in added if not any(_lies_in(name, outer) for outer in kept)]
-    return (*(name for name in kept if not any(_lies_in(name, outer) for outer in new)), *new)
+    new = [name for name in added if not any(lies_in(name, outer) for outer in kept)]
+    return (*(name for name in kept if not any(lies_in(name, outer) for outer in new)), *new)
 
 
 @dataclass(frozen=True)
@@ -197,7 +194,7 @@ class _Meter:
         files = [self._file(()), *map(self._file, candidates)]
         for kept, title in zip(((), *candidates), ("all in INT8", *titles), strict=True):
             if kept not in self._aps:
-                self._aps[kept] = average_precision(self._file(kept), self.samples, title)
+                self._aps[kept] = average_precision(load_detector(self._file(kept)), self.samples, title)
         timings = benchmark(files, self.size, self.threads, warmup=5, rounds=_ROUNDS)[1:]
         return [
             Trial(kept, self._aps[kept], timing.ratio, timing.differs)

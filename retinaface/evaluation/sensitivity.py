@@ -6,8 +6,6 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 from rich.markup import escape
 from rich.table import Column, Table
 from torch import Tensor
@@ -16,14 +14,13 @@ from torch.optim.swa_utils import update_bn
 from retinaface.compression.channel_groups import ChannelGroup, Importance, find_groups
 from retinaface.compression.pruning import PruningSettings, apply_plan, make_plan
 from retinaface.compression.structure import load_float_network
-from retinaface.data.annotations import Sample, evenly_spread, load_split, read_image
+from retinaface.data.annotations import evenly_spread, load_split, read_image
 from retinaface.delivery.export import export_onnx
 from retinaface.delivery.runtime import load_detector
 from retinaface.errors import InputError
 from retinaface.evaluation.benchmark import benchmark
-from retinaface.evaluation.evaluate import detect_all
-from retinaface.evaluation.wider_ap import area_under, subset_curves
-from retinaface.model.network import RetinaFace, normalize
+from retinaface.evaluation.evaluate import average_precision
+from retinaface.model.network import RetinaFace, as_input
 
 RATIOS = (0.25, 0.5, 0.75)
 
@@ -115,19 +112,19 @@ def measure_sensitivity(
         raise InputError("sensitivity: importance taylor needs the gradients of a training; choose another")
     network, _ = load_float_network(model)
     samples = evenly_spread(load_split(root, "val"), limit)
-    photos = [_as_input(sample) for sample in evenly_spread(load_split(root, "train"), recalibrate)]
+    photos = [as_input(read_image(sample.path)) for sample in evenly_spread(load_split(root, "train"), recalibrate)]
     groups = find_groups(network, importance)
     with tempfile.TemporaryDirectory() as folder:
         original = Path(folder) / "original.onnx"
         export_onnx(_with_statistics_of(deepcopy(network), photos), original)
-        whole = average_precision(original, samples, "the whole network")
+        whole = average_precision(load_detector(original), samples, "the whole network")
         found = []
         for number, group in enumerate(groups, start=1):
             title = f"{group.name} ({number} of {len(groups)})"
             files = [Path(folder) / f"{ratio}.onnx" for ratio in RATIOS]
             for ratio, file in zip(RATIOS, files, strict=True):
                 export_onnx(_pruned(network, group, ratio, importance, photos), file)
-            aps = [average_precision(file, samples, title) for file in files]
+            aps = [average_precision(load_detector(file), samples, title) for file in files]
             timings = benchmark([original, *files], size, threads, warmup=3, rounds=_ROUNDS)[1:]
             points = [
                 Point(ratio, ap, whole - ap, timing.ratio)
@@ -153,32 +150,6 @@ def _with_statistics_of(network: RetinaFace, photos: Sequence[Tensor]) -> Retina
     if photos:
         update_bn(photos, network)
     return network.eval()
-
-
-def _as_input(sample: Sample) -> Tensor:
-    return normalize(torch.from_numpy(read_image(sample.path)).permute(2, 0, 1)[None])
-
-
-def average_precision(model: Path, samples: Sequence[Sample], title: str) -> float:
-    """Measures average precision, with a progress bar.
-
-    Args:
-        model: ``.pth``, ``.ckpt`` or ``.onnx``.
-        samples: Photos, each with the subset ``all``.
-        title: What the progress bar calls the model.
-
-    Returns:
-        Average precision (all), 0-1; NaN without a face.
-
-    Raises:
-        InputError: The model or a photo cannot be read.
-    """
-    found = detect_all(load_detector(model), samples, f"evaluating {title}")
-    detections = [np.column_stack([faces.boxes.numpy(), faces.scores.numpy()]) for faces in found]
-    curves = subset_curves(
-        detections, [sample.boxes for sample in samples], [{"all": sample.counted["all"]} for sample in samples]
-    )
-    return area_under(curves["all"])
 
 
 def sensitivity_table(sensitivity: Sensitivity) -> Table:

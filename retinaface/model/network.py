@@ -10,8 +10,10 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet  # type: ignore[import-untyped]
 
@@ -83,6 +85,23 @@ def normalize(images: Tensor) -> Tensor:
         ``(B, 3, H, W)`` float32, the mean colour subtracted; nothing is divided.
     """
     return images.float() - _mean(images.device)
+
+
+def as_input(image: NDArray[np.uint8]) -> Tensor:
+    """Turns one picture into network input.
+
+    Args:
+        image: ``(H, W, 3)`` uint8 BGR, as OpenCV reads it.
+
+    Returns:
+        ``(1, 3, H, W)``, as from :func:`normalize`.
+    """
+    return normalize(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None])
+
+
+def lies_in(name: str, module: str) -> bool:
+    """Whether a dotted name is that of a module, or of one below it."""
+    return name == module or name.startswith(f"{module}.")
 
 
 def pad_small(images: Tensor) -> Tensor:

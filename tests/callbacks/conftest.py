@@ -18,9 +18,15 @@ ROOT = Path(__file__).parents[2]
 EPOCHS = 3
 
 
-def without_export(patch: pytest.MonkeyPatch) -> None:
+def leave_out_export(patch: pytest.MonkeyPatch) -> None:
     """Leaves out the ONNX file at a stage's end, which takes seconds and changes nothing."""
     patch.setattr("callbacks.export.export_onnx", lambda network, path: None)
+
+
+@pytest.fixture
+def without_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As :func:`leave_out_export`, for one test."""
+    leave_out_export(monkeypatch)
 
 
 @dataclass
@@ -138,7 +144,7 @@ def pruned_again_run(
         "--trainer.callbacks.init_args.strength=0.01",
     )
     with pytest.MonkeyPatch.context() as patch:
-        without_export(patch)
+        leave_out_export(patch)
         return StageRun(run_stage(arguments, folder), folder, arguments)
 
 
@@ -167,7 +173,7 @@ def check_resume(run_stage: Any, run_process: Any) -> Callable[[StageRun, Path],
         last = folder / "checkpoints" / "last.ckpt"
         assert torch.load(last, weights_only=True)["epoch"] == 0
         with pytest.MonkeyPatch.context() as patch:
-            without_export(patch)
+            leave_out_export(patch)
             run_stage(uninterrupted.arguments, folder, f"--ckpt_path={last}")
         resumed, expected = (torch.load(path, weights_only=True) for path in (last, uninterrupted.checkpoint))
         assert expected["epoch"] == resumed["epoch"] == EPOCHS - 1  # the newest epoch, whichever had the best AP

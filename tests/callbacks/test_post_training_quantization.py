@@ -38,10 +38,9 @@ def test_the_file_runs_in_int8(ptq_run):
     assert (share.int8, share.total) == (56, 56)
 
 
-def test_goes_on_from_its_checkpoint_without_looking_again(ptq_run, tmp_path, run_stage, monkeypatch):
+def test_goes_on_from_its_checkpoint_without_looking_again(ptq_run, tmp_path, run_stage, monkeypatch, without_export):
     _, folder, arguments = ptq_run
     monkeypatch.setattr("callbacks.post_training_quantization.calibrate", None)
-    monkeypatch.setattr("callbacks.export.export_onnx", lambda network, path: None)
     last = folder / "checkpoints" / "last.ckpt"
     run_stage(arguments, tmp_path, f"--ckpt_path={last}")
     again = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]

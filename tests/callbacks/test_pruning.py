@@ -133,12 +133,6 @@ def test_refusal_ends_all_processes(pruned_run, tmp_path, run_process):
     assert result.stderr.count("error: pruning: target {macs: 0.010} cannot be reached") == 2, result.stderr
 
 
-@pytest.fixture
-def without_export(monkeypatch):
-    """The ONNX file takes seconds, and says nothing about what a test looks at."""
-    monkeypatch.setattr("callbacks.export.export_onnx", lambda network, path: None)
-
-
 def trainer(datamodule: L.LightningDataModule | None = None, **options: object) -> L.Trainer:
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **options)
     if datamodule is not None:

@@ -119,7 +119,7 @@ def test_bad_settings_are_named():
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def asked(monkeypatch, without_export):
     """What a choice was asked for, each time; it is the pyramid, at once instead of in a quarter of an hour."""
     asked = []
 
@@ -130,7 +130,6 @@ def asked(monkeypatch):
         return Choice(chosen, whole, [chosen], MixedPrecision(len(samples), whole, Trial((), 0.7, 1.0, False), {}))
 
     monkeypatch.setattr(callbacks.quantization, "choose_keep_float", choose)
-    monkeypatch.setattr("callbacks.export.export_onnx", lambda network, path: None)
     return asked
 
 

@@ -168,8 +168,9 @@ def test_two_processes_stay_in_step(pruned_run, tmp_path, check_two_processes):
     check_two_processes([*pruned_run.arguments, *options], tmp_path)
 
 
-def test_the_stage_before_pruning(tiny_root, tiny_checkpoint, tmp_path, run_stage, make_stage_arguments, monkeypatch):
-    monkeypatch.setattr("callbacks.export.export_onnx", lambda network, path: None)
+def test_the_stage_before_pruning(
+    tiny_root, tiny_checkpoint, tmp_path, run_stage, make_stage_arguments, monkeypatch, without_export
+):
     roles = [f"--model.init_args.{role}={tiny_checkpoint}" for role in ("student", "teacher")]
     cli = run_stage(make_stage_arguments("sparsify", tiny_root, *roles), tmp_path, "--trainer.max_epochs=1")
     (callback,) = (each for each in cli.trainer.callbacks if isinstance(each, SparsityRegularization))

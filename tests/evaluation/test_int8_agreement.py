@@ -1,6 +1,5 @@
 """What is trained and what is delivered find the same faces."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -10,15 +9,7 @@ from retinaface.compression.structure import load_float_network
 from retinaface.data.annotations import load_split
 from retinaface.delivery.export import export_onnx
 from retinaface.delivery.runtime import Detector, load_detector
-from retinaface.evaluation.evaluate import detect_all
-from retinaface.evaluation.wider_ap import area_under, subset_curves
-
-
-def average_precision(detector, samples):
-    found = detect_all(detector, samples, "")
-    detections = [np.column_stack([faces.boxes.numpy(), faces.scores.numpy()]) for faces in found]
-    faces = [{"all": sample.counted["all"]} for sample in samples]
-    return area_under(subset_curves(detections, [sample.boxes for sample in samples], faces)["all"])
+from retinaface.evaluation.evaluate import average_precision
 
 
 @pytest.mark.slow
@@ -36,7 +27,7 @@ def test_runtime_finds_what_the_converted_network_finds(reference, tmp_path, kee
         load_detector(tmp_path / "int8.onnx"),
         Detector(network.config, torch.no_grad()(graph), "torch"),
     )
-    found, expected = (average_precision(detector, samples) for detector in (runtime, torch_int8))
+    found, expected = (average_precision(detector, samples, "") for detector in (runtime, torch_int8))
     images = next(iter(CalibrationPictures(samples, 1)))
     scores = [detector.run(images)[0].softmax(-1)[..., 1] for detector in (runtime, torch_int8)]
     print(f"AP {found:.4f} and {expected:.4f}, scores differ by {(scores[0] - scores[1]).abs().max():.3f} at most")

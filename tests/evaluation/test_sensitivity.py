@@ -9,10 +9,11 @@ from retinaface.compression.channel_groups import find_groups
 from retinaface.compression.pruning import PruningSettings, PruningTarget, make_plan
 from retinaface.compression.structure import load_network
 from retinaface.data.annotations import load_split
+from retinaface.delivery.runtime import load_detector
 from retinaface.errors import InputError
 from retinaface.evaluation import sensitivity as under_test
 from retinaface.evaluation.benchmark import Timing
-from retinaface.evaluation.evaluate import evaluate
+from retinaface.evaluation.evaluate import average_precision, evaluate
 from retinaface.evaluation.sensitivity import RATIOS, measure_sensitivity, sensitivity_table
 
 
@@ -67,8 +68,8 @@ def test_every_group_is_pruned_by_itself(networks, tiny_checkpoint, tiny_root):
 
 def test_statistics_are_estimated_anew_on_training_photos(networks, monkeypatch, tiny_checkpoint, tiny_root):
     shown = []
-    as_input = under_test._as_input
-    monkeypatch.setattr(under_test, "_as_input", lambda sample: shown.append(sample.path) or as_input(sample))
+    read_image = under_test.read_image
+    monkeypatch.setattr(under_test, "read_image", lambda path: shown.append(path) or read_image(path))
     measure_sensitivity(tiny_checkpoint, tiny_root, limit=1, recalibrate=2)
     before, first = (network.backbone.stage3[1][4] for network in networks[:2])
     assert int(first.num_batches_tracked) == 2
@@ -110,7 +111,7 @@ def test_a_plan_can_follow_the_file(monkeypatch, tiny_checkpoint, tiny_root, net
 
 def test_average_precision_is_that_of_an_evaluation(onnx_files, tiny_root):
     expected = evaluate(onnx_files["float"], tiny_root).accuracy.ap["all"]
-    assert under_test.average_precision(onnx_files["float"], load_split(tiny_root, "val"), "") == expected
+    assert average_precision(load_detector(onnx_files["float"]), load_split(tiny_root, "val"), "") == expected
 
 
 def test_taylor_and_int8_are_refused(tiny_root, tiny_checkpoint, checkpoint_files):
