@@ -102,7 +102,27 @@ def _to_onnx(graph: nn.Module) -> onnx.ModelProto:
     for node in model.graph.node:
         del node.metadata_props[:]
     del model.graph.value_info[:]
+    _part_zero_points(model.graph)
     return model
+
+
+def _part_zero_points(graph: onnx.GraphProto) -> None:
+    """Gives each convolution's weights zero points of their own.
+
+    The exporter lets those of equal length share one tensor. ONNX Runtime's exact mode for CPUs without INT8 dot
+    products (``session.x64quantprecision``) makes a new tensor of each, and does not load a file in which two are one.
+    """
+    constants = {constant.name: constant for constant in graph.initializer}
+    taken: set[str] = set()
+    for node in graph.node:
+        if node.op_type != "DequantizeLinear" or node.input[0] not in constants or len(node.input) < 3:
+            continue
+        if node.input[2] in taken:
+            own = graph.initializer.add()
+            own.CopyFrom(constants[node.input[2]])
+            own.name = f"{node.input[0]}_zero_point"
+            node.input[2] = own.name
+        taken.add(node.input[2])
 
 
 def _check_outputs(graph: nn.Module, network: Network, path: Path) -> None:

@@ -52,6 +52,15 @@ def test_an_int8_file_says_what_it_was_made_for(onnx_files):
     assert facts["weight_bits"] == 8
 
 
+def test_no_two_convolutions_share_the_zero_points_of_their_weights(onnx_files):
+    # ONNX Runtime's exact mode for CPUs without INT8 dot products would not load the file on such a CPU.
+    graph = onnx.load(onnx_files["int8"]).graph
+    weights = {constant.name for constant in graph.initializer if constant.data_type == onnx.TensorProto.INT8}
+    zero_points = [node.input[2] for node in graph.node if node.input[0] in weights]
+    assert len(zero_points) > 40
+    assert len(set(zero_points)) == len(zero_points)
+
+
 def test_only_files_for_tensorrt_have_to_be_in_its_form(compressed, onnx_files, tmp_path, monkeypatch):
     content = onnx.load(onnx_files["int8"])  # has zero points
     del content.metadata_props[:]
