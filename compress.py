@@ -71,7 +71,8 @@ class Recipe:
     Attributes:
         description: What it is for.
         root: Data root where ``--data.root`` does not say.
-        stages: In order; the first is the teacher's, the last makes the final model.
+        stages: In order; the first is the teacher's, unless the given weights are the teacher; the last makes the final
+            model.
         size: Side of the picture for MACs and timing in the report, in pixels.
         needs_weights: Whether ``--weights`` must be given.
     """
@@ -259,23 +260,30 @@ def _finish(model: Path, exported: Path) -> None:
 def _check_data(run: Run) -> None:
     """Finds what is wrong with the input before minutes have passed."""
     if not any("synthetic" in name for stage in run.recipe.stages for name in stage.config):
-        from retinaface.data.annotations import load_split
+        from retinaface.data.annotations import load_split, load_unlabelled
         from retinaface.data.wider_archives import prepare_root
 
-        prepare_root(run.root, download=any(_wants_download(run.arguments(stage)) for stage in run.recipe.stages))
+        commands = [run.arguments(stage) for stage in run.recipe.stages]
+        prepare_root(run.root, download=any(_switched_on(command, "download", default=False) for command in commands))
+        load = load_split if _has_labels(run) else load_unlabelled
         for split in ("train", "val"):
-            load_split(run.root, split)
+            load(run.root, split)
     if run.weights is not None:
         from retinaface.compression.structure import load_float_network
 
         load_float_network(run.weights)
 
 
-def _wants_download(arguments: Sequence[str]) -> bool:
-    """Whether a stage downloads its data; as in ``train.py`` the last value counts, after a space or ``=``."""
+def _switched_on(arguments: Sequence[str], name: str, default: bool) -> bool:
+    """An option of a stage's data; as in ``train.py`` the last value counts, after a space or ``=``."""
     words = [part for argument in arguments for part in argument.split("=", 1)]
-    values = [value for name, value in pairwise(words) if name == "--data.init_args.download"]
-    return bool(values) and yaml.safe_load(values[-1]) is True
+    values = [value for option, value in pairwise(words) if option == f"--data.init_args.{name}"]
+    return yaml.safe_load(values[-1]) is True if values else default
+
+
+def _has_labels(run: Run) -> bool:
+    """Whether the training photos have labels; one stage that says no means all photos."""
+    return all(_switched_on(run.arguments(stage), "labels", default=True) for stage in run.recipe.stages)
 
 
 def _remember(run: Run) -> None:
@@ -310,12 +318,33 @@ def _report(run: Run) -> None:
     from retinaface.evaluation.report import build_report, report_table
 
     _console.print("evaluating and timing")
-    checkpoints = {stage.name: run.checkpoint(stage.name) for stage in run.recipe.stages}
-    report: Mapping[str, Any] = build_report(run.out, run.name, checkpoints, run.root, run.recipe.size)
+    checkpoints = {**_given_teacher(run), **{stage.name: run.checkpoint(stage.name) for stage in run.recipe.stages}}
+    report: Mapping[str, Any] = build_report(
+        run.out, run.name, checkpoints, run.root, run.recipe.size, labels=_has_labels(run)
+    )
     _console.print(report_table(report))
     if report["retention"] is not None:
         _console.print(f"AP kept: {report['retention']:.1%}, speed-up: {report['speedup']:.2f}x")
+    if report["models"][-1].get("agreement") is not None:
+        agreement = report["models"][-1]["agreement"]
+        _console.print(f"agreement with the teacher: {agreement:.1%}, speed-up: {report['speedup']:.2f}x")
     _console.print(f"report: {run.out / 'report.md'}")
+
+
+def _given_teacher(run: Run) -> dict[str, Path]:
+    """The given weights by the name ``teacher``, and their ONNX file, where they teach and no stage has that name."""
+    names = {stage.name for stage in run.recipe.stages}
+    teaches = any(stage.options.get("model.init_args.teacher") == "${weights}" for stage in run.recipe.stages)
+    if run.weights is None or "teacher" in names or not teaches:
+        return {}
+    from retinaface.compression.structure import load_network
+    from retinaface.delivery.export import export_onnx
+
+    exported = run.out / "teacher.onnx"
+    if not exported.is_file():
+        network, _ = load_network(run.weights)
+        export_onnx(network, exported)
+    return {"teacher": run.weights}
 
 
 def parse_arguments(args: list[str] | None) -> Run:
@@ -334,7 +363,12 @@ def parse_arguments(args: list[str] | None) -> Run:
         "Example: python compress.py configs/recipes/own_photos.yaml --data.root photos --weights retinaface.pth",
     )
     parser.add_argument("recipe", type=Path, help="a file such as configs/recipes/quickstart.yaml")
-    parser.add_argument("--data.root", dest="root", type=Path, help="data root in WIDER FACE layout")
+    parser.add_argument(
+        "--data.root",
+        dest="root",
+        type=Path,
+        help="data root in WIDER FACE layout; for distill_only.yaml any folder with photos",
+    )
     parser.add_argument("--weights", type=Path, help="public RetinaFace weights (.pth) or a checkpoint (.ckpt)")
     parser.add_argument("--out", type=Path, help="the run's folder (default: runs/<recipe>)")
     known, overrides = parser.parse_known_args(args)

@@ -164,6 +164,12 @@ class ChannelPruning(L.Callback):
 
     def _gradients(self, trainer: L.Trainer, module: RetinaFaceModule) -> Gradients:
         """Gradients of the loss against the labels, over the first batches of the first epoch."""
+        samples = getattr(trainer.datamodule, "train_samples", ())  # type: ignore[attr-defined]
+        if not all(sample.labelled for sample in samples):
+            raise InputError(
+                "pruning: importance taylor looks at the loss against labels, and the training photos have none; "
+                "choose another importance"
+            )
         network = deepcopy(module.network).to(trainer.strategy.root_device).eval().requires_grad_(True)
         assert isinstance(network, RetinaFace)
         batches = self._batches(trainer, self.taylor_batches, "gradients of the loss")

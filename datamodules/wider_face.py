@@ -1,4 +1,4 @@
-"""Training and validation batches from any data root in WIDER FACE layout."""
+"""Training and validation batches from any data root in WIDER FACE layout, or from photos without labels."""
 
 import warnings
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
-from retinaface.data.annotations import Sample, Split, load_split
+from retinaface.data.annotations import Sample, Split, load_split, load_unlabelled
 from retinaface.data.check import find_unreadable
 from retinaface.data.loading import (
     TrainDataset,
@@ -35,6 +35,10 @@ class WiderFaceDataModule(L.LightningDataModule):
     whole photos. The batches depend on ``seed``, epoch, rank and number of ranks, not on workers or on what ran
     before, so a resumed epoch is the epoch that an uninterrupted run would have had.
 
+    Without ``labels`` any folder with photos will do, to be learnt from a teacher alone; see
+    ``retinaface.data.annotations.load_unlabelled``. Training batches then hold no faces, and validation photos that
+    are not labelled take no part in a fit: nothing could be measured on them.
+
     Args:
         root: The data root.
         train_size: Side of the training pictures in pixels.
@@ -48,9 +52,11 @@ class WiderFaceDataModule(L.LightningDataModule):
         limit: Use only this many photos of each split, the first ones; None uses all.
         download: Download WIDER FACE into the root if photos or annotations are absent there; see
             ``retinaface.data.wider_archives.prepare_root``.
+        labels: Whether the training photos have labels, and use them.
 
     Raises:
-        InputError: A number is out of range; later, what ``prepare_root`` and ``load_split`` raise.
+        InputError: A number is out of range; later, what ``prepare_root``, ``load_split`` and ``load_unlabelled``
+            raise; or there are no labels for a training or a validation that needs them.
     """
 
     def __init__(
@@ -65,6 +71,7 @@ class WiderFaceDataModule(L.LightningDataModule):
         transform: TransformOptions | None = None,
         limit: int | None = None,
         download: bool = False,
+        labels: bool = True,
     ) -> None:
         super().__init__()
         at_least = {
@@ -89,6 +96,7 @@ class WiderFaceDataModule(L.LightningDataModule):
         self.transform = transform or TransformOptions()
         self.limit = limit
         self.download = download
+        self.labels = labels
         self.train_samples: list[Sample] = []
         self.val_samples: list[Sample] = []
         self.skipped_files: set[str] = set()
@@ -105,9 +113,12 @@ class WiderFaceDataModule(L.LightningDataModule):
             rank_zero_info(f"{self.root}: {_counts(self.train_samples)} to train on")
         if not self.val_samples:
             self.val_samples = self._load("val")[: self.limit]
-            rank_zero_info(f"{self.root}: {_counts(self.val_samples)} to validate on")
+            use = "to validate on" if _labelled(self.val_samples) else "kept out of training"
+            rank_zero_info(f"{self.root}: {_counts(self.val_samples)} {use}")
             if stage == "fit" and (self.trainer is None or self.trainer.is_global_zero):
                 self._check_val_photos()
+        if not _labelled(self.val_samples):
+            self._without_validation(stage)
 
     def _check_val_photos(self) -> None:
         """An unreadable one is an error, and better now than when the first epoch is over."""
@@ -115,10 +126,21 @@ class WiderFaceDataModule(L.LightningDataModule):
             more = f"; and {len(unreadable) - 1} more validation photos are unreadable" if len(unreadable) > 1 else ""
             raise InputError(f"{unreadable[0]}{more}")
 
+    def _without_validation(self, stage: str) -> None:
+        """There is nothing to measure on photos without labels: a fit goes on without."""
+        if stage in ("validate", "test"):
+            raise InputError(
+                f"{self.root}: its validation photos have no labels, so no accuracy can be measured; put labelled ones "
+                "into WIDER_val/images, and their labels into wider_face_split/"
+            )
+        if stage == "fit" and self.trainer is not None:
+            self.trainer.limit_val_batches = 0
+
     @override
     def train_dataloader(self) -> TrainLoader:
         if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
             raise InputError("trainer.overfit_batches: not supported; use data.init_args.limit to train on few photos")
+        self._check_labels()
         rank, world_size = self._rank()
         per_process = len(self.train_samples) // world_size
         if per_process < self.batch_size:
@@ -128,6 +150,17 @@ class WiderFaceDataModule(L.LightningDataModule):
             )
         dataset = TrainDataset(self.train_samples, TrainTransform(self.train_size, self.transform), self.seed)
         return TrainLoader(dataset, self.batch_size, rank, world_size, self._workers(), self._batches_done)
+
+    def _check_labels(self) -> None:
+        """What trains on labels must have them; a stage that trains nothing needs none."""
+        if _labelled(self.train_samples) or self.trainer is None or self.trainer.max_epochs == 0:
+            return
+        module: Any = self.trainer.lightning_module
+        if getattr(module, "teacher", None) is None or module.distillation.weight < 1:
+            raise InputError(
+                f"{self.root}: is read without labels (data.init_args.labels: false), but this stage trains on them; "
+                "train a CompressionModule with a teacher and model.init_args.distillation.weight 1.0, or give labels"
+            )
 
     @override
     def val_dataloader(self) -> DataLoader[ValidationItem]:
@@ -159,13 +192,15 @@ class WiderFaceDataModule(L.LightningDataModule):
                 self.skipped_files.add(path)
                 warnings.warn(
                     f"{path}: unreadable, another photo takes its place ({len(self.skipped_files)} such files so far); "
-                    "replace it or remove it from the annotations",
+                    f"replace it or remove it{' from the annotations' if self.labels else ''}",
                     stacklevel=2,
                 )
         return batch
 
     def _load(self, split: Split) -> list[Sample]:
         """The samples of a split; a run with a local folder of its own keeps there what was parsed."""
+        if not self.labels:
+            return load_unlabelled(self.root, split)
         folder = self.trainer.default_root_dir if self.trainer else None
         if folder is None or "://" in folder or Path(folder) == Path.cwd():
             return load_split(self.root, split)
@@ -185,6 +220,12 @@ class WiderFaceDataModule(L.LightningDataModule):
         return default_workers(self.trainer.num_devices if self.trainer else 1)
 
 
+def _labelled(samples: Sequence[Sample]) -> bool:
+    return all(sample.labelled for sample in samples)
+
+
 def _counts(samples: Sequence[Sample]) -> str:
+    if not _labelled(samples):
+        return f"{len(samples):,} photos without labels"
     faces = [int(sample.counted["all"].sum()) for sample in samples]
     return f"{len(samples):,} photos ({faces.count(0):,} without faces) with {sum(faces):,} faces"

@@ -218,6 +218,8 @@ def test_every_stage_of_every_recipe_trains_a_step(path, backbone, name, tiny_ro
         root = tmp_path / "rendered"
     else:
         photos, root = [], tiny_root
+    if path.stem == "distill_only":  # photos alone, without the layout and the labels
+        root = tiny_root / "WIDER_train" / "images"
     run = compress.parse_arguments(
         [str(path), "--data.root", str(root), "--out", "out", *weights, *SMALL, *photos, "--trainer.fast_dev_run=1"]
     )
@@ -464,6 +466,50 @@ def test_quickstart_from_start_to_report(tmp_path):
     assert changed == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.ckpt")}
 
 
+def test_weights_that_teach_are_the_first_model_of_the_report(tiny_checkpoint, tiny_root, tmp_path, monkeypatch):
+    seen = {}
+
+    def build_report(out, name, checkpoints, root, size, labels):
+        seen[name] = (list(checkpoints), labels)
+        return {"retention": None, "speedup": 1.5, "models": [{"agreement": 0.97}]}
+
+    monkeypatch.setattr("retinaface.evaluation.report.build_report", build_report)
+
+    def export_onnx(network, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(type(network).__name__)
+
+    monkeypatch.setattr("retinaface.delivery.export.export_onnx", export_onnx)
+    monkeypatch.setattr("retinaface.evaluation.report.report_table", lambda report: "")
+    for recipe in ("distill_only", "own_photos"):
+        path, out = RECIPES / f"{recipe}.yaml", tmp_path / recipe
+        arguments = ["--data.root", str(tiny_root), "--weights", str(tiny_checkpoint), "--out", str(out)]
+        compress._report(compress.parse_arguments([str(path), *arguments]))
+    stages = ["teacher", "pruned", "ptq", "int8"]
+    assert seen == {"distill_only": (stages, False), "own_photos": (stages, True)}
+    # What no stage exports is exported here.
+    assert list(tmp_path.rglob("*.onnx")) == [tmp_path / "distill_only" / "teacher.onnx"]
+
+
+def test_photos_without_labels_are_looked_for_before_anything_runs(tiny_checkpoint, tmp_path, capsys, training):
+    recipe = [RECIPES / "distill_only.yaml", "--weights", tiny_checkpoint, "--data.root"]
+    (tmp_path / "empty").mkdir()
+    assert "no photos there" in one_line_error([*recipe, tmp_path / "empty"], capsys)
+    assert training.calls == []
+
+
+@pytest.mark.slow
+def test_photos_without_labels_from_start_to_report(tiny_checkpoint, tiny_root, tmp_path):
+    photos = tiny_root / "WIDER_train" / "images"
+    given = ["--weights", tiny_checkpoint, "--data.root", photos, "--out", tmp_path / "out"]
+    result = run_compress(RECIPES / "distill_only.yaml", *given, *SMALL, "--trainer.max_epochs=1")
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [model["name"] for model in report["models"]] == ["teacher", "pruned", "ptq", "int8"]
+    assert report["data"]["photos"] == 1
+    assert report["data"]["faces_by"] == "teacher"
+
+
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [([], False), (["--data.init_args.download=true"], True), (["--data.init_args.download", "true"], True),
@@ -471,4 +517,4 @@ def test_quickstart_from_start_to_report(tmp_path):
      (["--data.init_args.download=True"], True), (["--data.init_args.batch_size=true"], False)],
 )  # fmt: skip
 def test_the_last_wish_to_download_counts(arguments, wanted):
-    assert compress._wants_download(["fit", "--config", "x.yaml", *arguments]) is wanted
+    assert compress._switched_on(["fit", "--config", "x.yaml", *arguments], "download", default=False) is wanted

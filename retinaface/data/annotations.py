@@ -6,7 +6,7 @@ All coordinates are pixels of the stored photo, measured from its top left corne
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal, NamedTuple
@@ -52,6 +52,7 @@ class Sample:
         counted: Subset name to ``(N,)`` bool: the faces that count in it, the others being ignored. Always has
             ``all`` (faces of positive size that are not flagged invalid); ``easy``, ``medium`` and ``hard`` too where
             the official ``.mat`` files are there.
+        labelled: Whether somebody said where the faces are; without, there are none here, whatever the photo shows.
     """
 
     path: Path
@@ -59,6 +60,7 @@ class Sample:
     boxes: NDArray[np.float32]
     landmarks: NDArray[np.float32]
     counted: dict[str, NDArray[np.bool_]]
+    labelled: bool = True
 
 
 class Difficulty(NamedTuple):
@@ -120,6 +122,46 @@ def load_split(root: Path | str, split: Split) -> list[Sample]:
     return usable_samples(read_split(root, split), images_folder(root, split))
 
 
+def load_unlabelled(root: Path | str, split: Split) -> list[Sample]:
+    """Finds photos to learn from without labels, from a teacher alone.
+
+    Those for ``train`` lie in ``WIDER_train/images``, or anywhere below the root where that folder is absent; labels
+    of theirs are not looked at. Those for ``val`` lie in ``WIDER_val/images``, and keep their labels if there are any,
+    as for ``load_split``: a few labelled photos are enough to measure on. Where that folder is absent, one in ten of
+    the photos, at equal distances, is for ``val`` and the others are for ``train``.
+
+    Args:
+        root: Any folder with photos.
+        split: ``train`` or ``val``.
+
+    Returns:
+        At least one sample, sorted by path; labelled only for ``val``, if at all.
+
+    Raises:
+        InputError: There is no such folder, or there are no photos (or a single one, to be shared by two splits); the
+            labels for ``val`` are wrong.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; give a folder with photos")
+    validation = root / "WIDER_val" / "images"
+    if split == "val" and validation.is_dir():
+        labelled = bool(annotation_files(root, "val"))
+        return load_split(root, "val") if labelled else _photos_alone(validation, find_photos(validation))
+    images = root / "WIDER_train" / "images"
+    images = images if images.is_dir() else root
+    samples = _photos_alone(images, [name for name in find_photos(images) if not name.startswith("WIDER_val/")])
+    if validation.is_dir():
+        return samples
+    if len(samples) == 1:
+        raise InputError(f"{images}: holds a single photo; give more, as one in ten is kept for validation")
+    held_out = evenly_spread(samples, max(1, len(samples) // 10))
+    if split == "val":
+        return held_out
+    kept = set(samples) - set(held_out)
+    return [sample for sample in samples if sample in kept]
+
+
 def read_split(root: Path | str, split: Split) -> SplitIndex:
     """Reads one split as ``load_split`` does, but leaves it to the caller what to do about absent photos.
 
@@ -141,7 +183,10 @@ def read_split(root: Path | str, split: Split) -> SplitIndex:
         return _with_difficulty(samples or [], read_difficulty(truth_folder), photos, images)
     if samples is None:
         looked_for = " or ".join(str(path) for path in (_wider_file(root, split), *_label_files(root, split)[:3]))
-        raise InputError(f"{root}: no annotations for {split}; expected {looked_for}")
+        raise InputError(
+            f"{root}: no annotations for {split}; expected {looked_for} (to learn from a teacher alone, without "
+            "labels: data.init_args.labels: false)"
+        )
     listed = {sample.path.relative_to(images).as_posix(): sample for sample in samples}
     found = set(photos)
     # The listing holds pictures of the usual kinds; for others the disk is asked.
@@ -203,28 +248,30 @@ def images_folder(root: Path | str, split: Split) -> Path:
     if not images.is_dir():
         raise InputError(
             f"{images}: no such folder; {root} must be in WIDER FACE layout (unpack WIDER_{split}.zip; training does "
-            "so, and fetches it with data.init_args.download: true)"
+            "so, and fetches it with data.init_args.download: true; photos in any folder are enough to learn from a "
+            "teacher alone, without labels, with data.init_args.labels: false)"
         )
     return images
 
 
-def find_photos(images: Path) -> list[str]:
+def find_photos(images: Path, suffixes: Collection[str] = IMAGE_SUFFIXES) -> list[str]:
     """Lists the pictures below a folder, by one walk: on a network disk that costs far less than asking for each.
 
     Args:
         images: The folder; links to folders are followed.
+        suffixes: What the names may end in, in lower case.
 
     Returns:
         Paths relative to the folder with ``/`` between their parts, sorted; hidden files are left out.
     """
-    photos, suffixes = [], tuple(IMAGE_SUFFIXES)
+    photos = []
     for folder, folders, files in os.walk(images, followlinks=True):
         # A link to a folder above would be followed forever.
         here = Path(folder).resolve()
         folders[:] = [name for name in folders if not here.is_relative_to((here / name).resolve())]
         inside = Path(folder).relative_to(images).as_posix()
         prefix = "" if inside == "." else f"{inside}/"
-        photos += [f"{prefix}{file}" for file in files if file.lower().endswith(suffixes) and file[0] != "."]
+        photos += [f"{prefix}{file}" for file in files if file.lower().endswith(tuple(suffixes)) and file[0] != "."]
     return sorted(photos)
 
 
@@ -415,6 +462,18 @@ def read_image(path: Path | str) -> NDArray[np.uint8]:
     if image is None:
         raise InputError(f"{path}: truncated or not a picture; copy or download it again, or remove it")
     return np.asarray(image, dtype=np.uint8)
+
+
+def _photos_alone(images: Path, names: Sequence[str]) -> list[Sample]:
+    """Samples of photos without labels."""
+    if not names:
+        raise InputError(f"{images}: no photos there; expected files that end in {', '.join(sorted(IMAGE_SUFFIXES))}")
+    no_boxes, no_landmarks = np.empty((0, 4), np.float32), np.empty((0, 5, 2), np.float32)
+    nothing = {"all": np.empty(0, dtype=bool)}
+    return [
+        Sample(images / name, name.rpartition(".")[0], no_boxes, no_landmarks, nothing, labelled=False)
+        for name in names
+    ]
 
 
 def _wider_file(root: Path, split: Split) -> Path:

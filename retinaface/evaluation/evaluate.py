@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,14 +123,16 @@ def describe_data(figures: Mapping[str, Any]) -> str:
     """Says on what was measured.
 
     Args:
-        figures: Has ``photos``, ``official_photos`` and ``faces``, see :meth:`Evaluation.figures`.
+        figures: Has ``photos``, ``official_photos`` and ``faces``, see :meth:`Evaluation.figures`; ``faces_by`` is
+            ``teacher`` where its detections take the place of labels.
 
     Returns:
         Such as ``67 of 3226 official photos, 1651 faces``; just ``120 photos, 574 faces`` where none is absent.
     """
     photos, official = figures["photos"], figures["official_photos"]
     count = f"{photos}" if official in (None, photos) else f"{photos} of {official} official"
-    return f"{count} photos, {figures['faces']} faces"
+    by_teacher = " of the teacher's" if figures.get("faces_by") == "teacher" else ""
+    return f"{count} photos, {figures['faces']} faces{by_teacher}"
 
 
 def evaluate(model: Path, root: Path, protocol: Protocol = "original", threads: int | None = None) -> Evaluation:
@@ -151,9 +153,30 @@ def evaluate(model: Path, root: Path, protocol: Protocol = "original", threads: 
     Raises:
         InputError: The model or the data cannot be read, an image included.
     """
-    detector = load_detector(model, threads)
     index = read_split(root, "val")
     samples = usable_samples(index, images_folder(root, "val"))
+    evaluation = evaluate_on(model, samples, protocol, threads)
+    return replace(evaluation, official_photos=len(samples) + len(index.absent) if index.official else None)
+
+
+def evaluate_on(
+    model: Path, samples: Sequence[Sample], protocol: Protocol = "original", threads: int | None = None
+) -> Evaluation:
+    """Evaluates a detector on given photos, with a progress bar.
+
+    Args:
+        model: ``.pth``, ``.ckpt`` or ``.onnx``.
+        samples: The photos, at least one, with their faces.
+        protocol: As for :func:`evaluate`.
+        threads: As for :func:`evaluate`.
+
+    Returns:
+        The figures; ``official_photos`` is None.
+
+    Raises:
+        InputError: The model or an image cannot be read.
+    """
+    detector = load_detector(model, threads)
     start = time.perf_counter()
     found = detect_all(detector, samples, f"evaluating {model.name}", protocol)
     seconds = time.perf_counter() - start
@@ -173,11 +196,38 @@ def evaluate(model: Path, root: Path, protocol: Protocol = "original", threads: 
         landmark_error=error,
         landmark_faces=landmark_faces,
         photos=photos,
-        official_photos=len(samples) + len(index.absent) if index.official else None,
+        official_photos=None,
         faces=int(sum(photo.counted["all"].sum() for photo in photos)),
         images_per_second=len(samples) / seconds,
         runtime=detector.runtime,
         protocol=protocol,
+    )
+
+
+def labelled_by(model: Path, samples: Sequence[Sample]) -> list[Sample]:
+    """Takes what a detector finds for the faces, so that others can be measured by how far they agree with it.
+
+    Args:
+        model: ``.pth``, ``.ckpt`` or ``.onnx``.
+        samples: The photos; labels of theirs are not looked at.
+
+    Returns:
+        The same photos, with the faces that the detector finds on them with a score of 0.5 or more.
+
+    Raises:
+        InputError: The model or an image cannot be read.
+    """
+    found = detect_all(load_detector(model), samples, f"labelling with {model.name}")
+    return [_with_faces(sample, faces) for sample, faces in zip(samples, found, strict=True)]
+
+
+def _with_faces(sample: Sample, detections: Detections) -> Sample:
+    shown = (detections.scores >= SHOWN_SCORE).numpy()
+    return replace(
+        sample,
+        boxes=detections.boxes.numpy()[shown],
+        landmarks=detections.landmarks.numpy()[shown],
+        counted={"all": np.ones(int(shown.sum()), dtype=bool)},
     )
 
 
@@ -333,11 +383,16 @@ def save_pictures(
         folder.mkdir(parents=True, exist_ok=True)
         plot_precision_recall({name: each.curves for name, each in accuracies.items()}, files["precision_recall"])
         plot_ap_by_size({name: each.ap_by_size for name, each in accuracies.items()}, files["ap_by_size"], title)
-        _, encoded = cv2.imencode(".png", draw_worst_photos(photos))
-        files["worst_photos"].write_bytes(encoded.tobytes())
+        save_worst_photos(photos, files["worst_photos"])
     except OSError as error:
         raise InputError(f"{folder}: cannot be written to ({error.strerror}); choose another folder") from error
     return files
+
+
+def save_worst_photos(photos: Sequence[Photo], file: Path) -> None:
+    """Writes what :func:`draw_worst_photos` draws as a PNG file."""
+    _, encoded = cv2.imencode(".png", draw_worst_photos(photos))
+    file.write_bytes(encoded.tobytes())
 
 
 def send_to_wandb(project: str, facts: Mapping[str, Any], pictures: Mapping[str, Path]) -> None:

@@ -10,12 +10,22 @@ from rich.table import Table
 
 from retinaface.compression.pruning import count_complexity
 from retinaface.compression.structure import load_structure
+from retinaface.data.annotations import load_unlabelled
 from retinaface.evaluation.benchmark import Timing, benchmark, machine_facts
 from retinaface.evaluation.describe import describe, kept_channels
-from retinaface.evaluation.evaluate import SHOWN_SCORE, Evaluation, describe_data, evaluate, save_pictures
+from retinaface.evaluation.evaluate import (
+    SHOWN_SCORE,
+    Evaluation,
+    describe_data,
+    evaluate,
+    evaluate_on,
+    labelled_by,
+    save_pictures,
+    save_worst_photos,
+)
 from retinaface.evaluation.int8_share import convolutions_in_int8
 from retinaface.evaluation.visualize import plot_kept_channels, plot_report
-from retinaface.evaluation.wider_ap import SUBSETS
+from retinaface.evaluation.wider_ap import SIZE_CLASSES, SUBSETS
 
 
 def build_report(
@@ -25,11 +35,15 @@ def build_report(
     root: Path,
     size: int = 640,
     threads: int | None = None,
+    labels: bool = True,
 ) -> dict[str, Any]:
     """Measures every model of a run and writes ``report.json``, ``report.md`` and their pictures.
 
     Accuracy is that of the ONNX files in ONNX Runtime on the validation photos; time is that of the same files in the
     same runtime, in turns.
+
+    Without labelled validation photos there is no accuracy, and each model has an ``agreement`` instead: what its
+    average precision would be if the teacher's detections with a score of 0.5 or more were the faces.
 
     Args:
         folder: The run's folder; holds ``<name>.onnx`` for each model.
@@ -38,6 +52,8 @@ def build_report(
         root: Data root whose validation photos count.
         size: Side of the picture for MACs and timing, in pixels.
         threads: Threads for the timing; None takes every physical core.
+        labels: Whether the root's photos have labels; if not, see
+            :func:`retinaface.data.annotations.load_unlabelled`.
 
     Returns:
         The report: ``recipe``, ``machine``, ``data``, ``models``, ``retention``, ``speedup`` and their details.
@@ -46,10 +62,21 @@ def build_report(
         InputError: A model or the data cannot be read.
     """
     files = {name: folder / f"{name}.onnx" for name in checkpoints}
-    evaluations = {name: evaluate(file, root) for name, file in files.items()}
+    samples = [] if labels else load_unlabelled(root, "val")
+    labelled = all(sample.labelled for sample in samples)
+    if labelled:
+        evaluations = {name: evaluate(file, root) for name, file in files.items()}
+    else:
+        samples = labelled_by(next(iter(files.values())), samples)
+        evaluations = {name: evaluate_on(file, samples) for name, file in files.items()}
     timings = dict(zip(files, benchmark(list(files.values()), size=size, threads=threads), strict=True))
     models = [
-        _model(name, checkpoints[name], files[name], evaluations[name], timings[name], size) for name in checkpoints
+        {
+            "name": name,
+            **(_accuracy(evaluations[name]) if labelled else _agreement(evaluations[name])),
+            **_costs(checkpoints[name], files[name], timings[name], size),
+        }
+        for name in checkpoints
     ]
     teacher, final = models[0], models[-1]
     timing = timings[final["name"]]
@@ -62,6 +89,7 @@ def build_report(
             "photos": len(evaluations[teacher["name"]].photos),
             "official_photos": evaluations[teacher["name"]].official_photos,
             "faces": evaluations[teacher["name"]].faces,
+            "faces_by": "labels" if labelled else "teacher",
         },
         "models": models,
         "retention": _kept(final, teacher),
@@ -74,23 +102,34 @@ def build_report(
     plot_report(models, folder / "report.png")
     layers = describe(load_structure(checkpoints[final["name"]]), size).layers
     plot_kept_channels(kept_channels(layers), folder / "kept_channels.png")
-    accuracies = {name: evaluation.accuracy for name, evaluation in evaluations.items()}
-    save_pictures(accuracies, evaluations[final["name"]].photos, folder)
+    photos = evaluations[final["name"]].photos
+    if labelled:
+        save_pictures({name: evaluation.accuracy for name, evaluation in evaluations.items()}, photos, folder)
+    else:
+        save_worst_photos(photos, folder / "worst_photos.png")
     return report
 
 
-def _model(
-    name: str, checkpoint: Path, file: Path, evaluation: Evaluation, timing: Timing, size: int
-) -> dict[str, Any]:
+def _accuracy(evaluation: Evaluation) -> dict[str, Any]:
+    return {
+        "ap": evaluation.accuracy.ap,
+        "ap_by_size": evaluation.accuracy.ap_by_size,
+        "landmark_error": evaluation.landmark_error,
+    }
+
+
+def _agreement(evaluation: Evaluation) -> dict[str, Any]:
+    """The same keys without figures, and how far the model agrees with the one that said where the faces are."""
+    unknown = {"ap": dict.fromkeys(SUBSETS), "ap_by_size": dict.fromkeys(SIZE_CLASSES), "landmark_error": None}
+    return {**unknown, "agreement": evaluation.accuracy.ap["all"]}
+
+
+def _costs(checkpoint: Path, file: Path, timing: Timing, size: int) -> dict[str, Any]:
     structure = load_structure(checkpoint)
     params, macs = count_complexity(structure.build_float(), size)
     share = convolutions_in_int8(file)
     return {
-        "name": name,
         "backend": None if structure.quantization is None else structure.quantization.backend,
-        "ap": evaluation.accuracy.ap,
-        "ap_by_size": evaluation.accuracy.ap_by_size,
-        "landmark_error": evaluation.landmark_error,
         "params": params,
         "macs": macs,
         "onnx_bytes": file.stat().st_size,
@@ -113,13 +152,14 @@ def _kept(model: Mapping[str, Any], teacher: Mapping[str, Any]) -> float | None:
 def report_rows(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """The report's table: a row of headings, then a row per model, relative figures against the first.
 
-    Subsets that the photos are not labelled for have no column.
+    Subsets that the photos are not labelled for have no column. Without labels there is only the agreement with the
+    first model.
     """
+    compared = "agreement" in models[0]
     subsets = [name for name in SUBSETS if name == "all" or any(model["ap"][name] is not None for model in models)]
     headings = [
         "model",
-        *(f"AP {name}" for name in subsets),
-        "kept",
+        *([f"agreement with {models[0]['name']}"] if compared else [*(f"AP {name}" for name in subsets), "kept"]),
         "params",
         "GMACs",
         "ONNX",
@@ -132,8 +172,14 @@ def report_rows(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         *(
             [
                 model["name"],
-                *("-" if (value := model["ap"][name]) is None else f"{value:.3f}" for name in subsets),
-                "-" if (kept := _kept(model, models[0])) is None else f"{kept:.1%}",
+                *(
+                    [_percent(model["agreement"])]
+                    if compared
+                    else [
+                        *("-" if (value := model["ap"][name]) is None else f"{value:.3f}" for name in subsets),
+                        _percent(_kept(model, models[0])),
+                    ]
+                ),
                 f"{model['params'] / 1e6:.3f} M",
                 f"{model['macs'] / 1e9:.3f}",
                 f"{model['onnx_bytes'] / 1e6:.2f} MB",
@@ -144,6 +190,10 @@ def report_rows(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             for model in models
         ),
     ]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
 
 
 def report_table(report: Mapping[str, Any]) -> Table:
@@ -161,9 +211,7 @@ def report_table(report: Mapping[str, Any]) -> Table:
 def report_markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown, with what was measured and how."""
     machine, data, timing = report["machine"], report["data"], report["benchmark"]
-    final = report["models"][-1]["name"]
-    kept = "an unknown share" if report["retention"] is None else f"{report['retention']:.1%}"
-    why = "" if report["models"][0]["ap"]["all"] else " (the teacher finds no face, so there is nothing to keep)"
+    final, compared = report["models"][-1]["name"], data["faces_by"] == "teacher"
     low, high = report["speedup_interval"]
     interval = "" if low is None else f" (95 % interval {low:.2f}-{high:.2f})"
     headings, *rows = report_rows(report["models"])
@@ -171,32 +219,28 @@ def report_markdown(report: Mapping[str, Any]) -> str:
     lines = [
         f"# {report['recipe']}",
         "",
-        f"The final model ({final}) keeps **{kept}** of the teacher's average precision (all){why} and is "
-        f"**{report['speedup']:.2f}x** as fast{interval}.",
+        f"The final model ({final}) {_what_is_kept(report)} and is **{report['speedup']:.2f}x** as fast{interval}.",
         "",
         *(f"| {' | '.join(row)} |" for row in table),
         "",
-        "![AP, latency, size and computation](report.png)",
+        "![Accuracy, latency, size and computation](report.png)",
         "",
-        "![Precision and recall](precision_recall.png)",
-        "",
-        "![Average precision by face size](ap_by_size.png)",
-        "",
+        *([] if compared else _ACCURACY_PICTURES),
         f"What pruning left of {final}, layer by layer (`python -m retinaface describe` says more):",
         "",
         "![Channels kept](kept_channels.png)",
         "",
-        f"The photos with the most errors of {final} at a score of {SHOWN_SCORE}: found faces green, false alarms red, "
-        "missed faces orange, faces that do not count grey.",
+        f"The photos on which {final} differs most from the teacher at a score of {SHOWN_SCORE}: faces that both find "
+        f"green, those of {final} alone red, those of the teacher alone orange."
+        if compared
+        else f"The photos with the most errors of {final} at a score of {SHOWN_SCORE}: found faces green, false alarms "
+        "red, missed faces orange, faces that do not count grey.",
         "",
         "![Worst photos](worst_photos.png)",
         "",
         "## How it was measured",
         "",
-        f"- **Accuracy:** average precision at IoU 0.5 with the WIDER FACE protocol on the validation photos "
-        f"({describe_data(data)}) under `{data['root']}`, which this run did not train on; each photo at "
-        "its own size, score from 0.02, NMS at 0.4; every model as ONNX in ONNX Runtime. `all` counts every valid "
-        "face; easy, medium and hard need the official `.mat` files.",
+        _how_faces_were_judged(data, compared),
         f"- **Time:** {timing['rounds']} rounds at 1x3x{timing['size']}x{timing['size']}, the models in turns, ONNX "
         f"Runtime on the CPU, {timing['threads']} threads; medians, and the median of the ratio to the first model per "
         "round. Post-processing is not included.",
@@ -212,6 +256,42 @@ def report_markdown(report: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+_ACCURACY_PICTURES = (
+    "![Precision and recall](precision_recall.png)",
+    "",
+    "![Average precision by face size](ap_by_size.png)",
+    "",
+)
+
+
+def _what_is_kept(report: Mapping[str, Any]) -> str:
+    teacher, final = report["models"][0], report["models"][-1]
+    nothing = " (the teacher finds no face, so there is nothing to keep)"
+    if "agreement" in final:
+        share, why = final["agreement"], "" if final["agreement"] is not None else nothing
+        return f"agrees with the teacher to **{'an unknown share' if share is None else _percent(share)}**{why}"
+    kept = "an unknown share" if report["retention"] is None else _percent(report["retention"])
+    why = "" if teacher["ap"]["all"] else nothing
+    return f"keeps **{kept}** of the teacher's average precision (all){why}"
+
+
+def _how_faces_were_judged(data: Mapping[str, Any], compared: bool) -> str:
+    where = f"({describe_data(data)}) under `{data['root']}`, which this run did not train on"
+    how = "each photo at its own size, score from 0.02, NMS at 0.4; every model as ONNX in ONNX Runtime"
+    if not compared:
+        return (
+            f"- **Accuracy:** average precision at IoU 0.5 with the WIDER FACE protocol on the validation photos "
+            f"{where}; {how}. `all` counts every valid face; easy, medium and hard need the official `.mat` files."
+        )
+    return (
+        f"- **Agreement with the teacher:** the photos {where}, have no labels, so the teacher's detections with a "
+        f"score of {SHOWN_SCORE} or more take the place of the faces: what the average precision at IoU 0.5 with the "
+        f"WIDER FACE protocol would be if the teacher were always right; {how}. It says how alike two models are, not "
+        "how well either finds faces: labelled photos in `WIDER_val/images` would tell. As in the protocol, what is "
+        "found on photos without a face (of the teacher) does not count."
+    )
 
 
 def _foreign_backends(models: Sequence[Mapping[str, Any]]) -> list[str]:

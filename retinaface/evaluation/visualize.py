@@ -203,7 +203,8 @@ def plot_report(models: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     Args:
         models: the report's models, the one to compare with (the teacher) first. Each has ``name``, ``ap`` (subset to
-            0–1 or None), ``latency_ms_median``, ``onnx_bytes`` and ``macs``.
+            0–1 or None), ``latency_ms_median``, ``onnx_bytes`` and ``macs``; without labels ``agreement`` with the
+            first, 0–1 or None, which takes the place of AP.
         path: the file to write; its suffix chooses the format (.png, .svg, .pdf).
 
     Raises:
@@ -213,7 +214,10 @@ def plot_report(models: Sequence[Mapping[str, Any]], path: Path) -> None:
         raise ValueError("plot_report: no models")
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     ap_axes, *cost_axes = figure.subplots(1, 4, width_ratios=(1.8, 1, 1, 1))
-    _plot_ap(ap_axes, models)
+    if "agreement" in models[0]:
+        _plot_agreement(ap_axes, models)
+    else:
+        _plot_ap(ap_axes, models)
     panels = (
         ("latency", "ms per photo, median", "latency_ms_median", 1.0, "faster"),
         ("file size", "MB of ONNX", "onnx_bytes", 1e6, "smaller"),
@@ -352,6 +356,20 @@ def _plot_ap(axes: Axes, models: Sequence[Mapping[str, Any]]) -> None:
     axes.legend(handles, [model["name"] for model in models], loc="upper center", ncols=len(models), frameon=False)
     axes.set(title="accuracy kept", ylabel="average precision", ylim=(0, 1.45), yticks=np.linspace(0, 1, 6))
     axes.set_xticks(range(len(subsets)), subsets)
+    _tidy(axes)
+
+
+def _plot_agreement(axes: Axes, models: Sequence[Mapping[str, Any]]) -> None:
+    """Draw a bar per model."""
+    values = [model["agreement"] for model in models]
+    bars = axes.bar(
+        [model["name"] for model in models],
+        [value or 0 for value in values],
+        color=_colours(len(models)),
+        width=0.7,
+    )
+    axes.bar_label(bars, labels=["-" if value is None else f"{value:.1%}" for value in values], padding=2)
+    axes.set(title="agreement with the teacher", ylim=(0, 1.2), yticks=np.linspace(0, 1, 6))
     _tidy(axes)
 
 

@@ -184,6 +184,12 @@ def test_taylor_looks_at_training_batches(module, data):
     assert all(parameter.grad is None for parameter in module.network.parameters())
 
 
+def test_taylor_refuses_photos_without_labels(module, data):
+    data.labels = False
+    with pytest.raises(InputError, match="importance taylor looks at the loss against labels"):
+        ChannelPruning(importance="taylor").setup(trainer(data), module, "fit")
+
+
 def test_what_needs_batches_needs_a_data_module(module):
     for callback in (ChannelPruning(), ChannelPruning(importance="taylor", recalibrate=0)):
         with pytest.raises(InputError, match=r"need a data module.*recalibrate to 0"):

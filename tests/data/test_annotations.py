@@ -10,6 +10,7 @@ from retinaface.data.annotations import (
     evenly_spread,
     find_photos,
     load_split,
+    load_unlabelled,
     read_difficulty,
     read_image,
     read_label_txt,
@@ -429,3 +430,66 @@ def test_a_limit_takes_samples_from_everywhere():
     assert evenly_spread(range(5), 3) == [0, 1, 3]
     assert evenly_spread(range(5), 9) == evenly_spread(range(5), None) == [0, 1, 2, 3, 4]
     assert evenly_spread([], 3) == []
+
+
+def split_names(root):
+    return [[sample.name for sample in load_unlabelled(root, split)] for split in ("train", "val")]
+
+
+def test_one_in_ten_of_photos_without_labels_is_for_validation(tmp_path):
+    names = [f"{folder}/{number:02}" for folder in ("a/deep", "b") for number in range(11)] + ["c"]
+    for name in reversed(names):
+        write(tmp_path / f"{name}.JPG", "not looked at")
+    for other in ("notes.txt", ".hidden.jpg"):
+        write(tmp_path / other, "no photo")
+    train, val = split_names(tmp_path)
+    assert val == [names[0], names[11]]
+    assert train == [name for name in names if name not in val]
+    for sample in load_unlabelled(tmp_path, "train"):
+        assert not sample.labelled
+        assert sample.path.is_file()
+        assert (sample.boxes.shape, sample.landmarks.shape) == ((0, 4), (0, 5, 2))
+        assert sample.counted["all"].shape == (0,)
+    (tmp_path / "few").mkdir()
+    for name in ("one", "two"):
+        write(tmp_path / "few" / f"{name}.png", "")
+    assert split_names(tmp_path / "few") == [["two"], ["one"]]
+
+
+def test_labelled_validation_photos_keep_their_labels(tmp_path):
+    for name in ("album/one.jpg", "two.jpg"):
+        write_photo(tmp_path / name)
+    write_photo(tmp_path / "WIDER_val" / "images" / "a" / "three.jpg")
+    assert split_names(tmp_path) == [["album/one", "two"], ["a/three"]]
+    assert not load_unlabelled(tmp_path, "val")[0].labelled
+    write(tmp_path / "wider_face_split" / "wider_face_val_bbx_gt.txt", f"a/three.jpg\n1\n{FACE}\n")
+    assert split_names(tmp_path) == [["album/one", "two"], ["a/three"]]
+    (sample,) = load_unlabelled(tmp_path, "val")
+    assert sample.labelled
+    assert len(sample.boxes) == 1
+    # With the whole layout, training photos are those of its folder; their labels are not looked at.
+    write_photo(tmp_path / "WIDER_train" / "images" / "b" / "four.jpg")
+    write(tmp_path / "wider_face_split" / "wider_face_train_bbx_gt.txt", "nonsense")
+    (sample,) = load_unlabelled(tmp_path, "train")
+    assert (sample.name, len(sample.boxes), sample.labelled) == ("b/four", 0, False)
+
+
+def test_folders_without_photos_to_learn_from(tmp_path):
+    with pytest.raises(InputError, match="nowhere: no such folder; give a folder with photos"):
+        load_unlabelled(tmp_path / "nowhere", "train")
+    for split in ("train", "val"):
+        with pytest.raises(InputError, match=r"no photos there; expected files that end in \.bmp"):
+            load_unlabelled(tmp_path, split)
+    write(tmp_path / "one.jpg", "")
+    for split in ("train", "val"):
+        with pytest.raises(InputError, match="holds a single photo; give more"):
+            load_unlabelled(tmp_path, split)
+
+
+def test_absent_labels_tell_of_the_option(tmp_path):
+    write_photo(tmp_path / "one.jpg")
+    with pytest.raises(InputError, match=r"no such folder.*data\.init_args\.labels: false"):
+        load_split(tmp_path, "train")
+    write_photo(tmp_path / "WIDER_train" / "images" / "one.jpg")
+    with pytest.raises(InputError, match=r"no annotations for train.*data\.init_args\.labels: false"):
+        load_split(tmp_path, "train")

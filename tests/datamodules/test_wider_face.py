@@ -74,7 +74,8 @@ def test_training_batches_are_as_agreed(root):
     assert len(batches) == 3  # the 13th photo would not fill a batch
     for batch in batches:
         count = batch["labels"].shape[1]
-        assert {key: (tuple(value.shape), value.dtype) for key, value in batch.items() if key != "skipped"} == {
+        tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
+        assert {key: (tuple(value.shape), value.dtype) for key, value in tensors.items()} == {
             "images": ((4, 3, 64, 64), torch.uint8),
             "boxes": ((4, count, 4), torch.float32),
             "landmarks": ((4, count, 5, 2), torch.float32),
@@ -82,6 +83,8 @@ def test_training_batches_are_as_agreed(root):
             "labels": ((4, count), torch.int64),
         }
         assert batch["images"].is_contiguous()
+        assert batch.keys() - tensors.keys() == {"names", "skipped"}
+        assert len(batch["names"]) == 4
         assert batch["skipped"] == []
         assert set(batch["labels"].unique().tolist()) <= {-1, 0, 1}
         assert count >= 1
@@ -376,3 +379,65 @@ def test_every_option_of_the_augmentation_stands_in_the_configuration(name):
 def test_batches_survive_the_transfer_hook_unchanged(root):
     batch = next(iter(make(root, "validate").val_dataloader()))
     assert make(root, "validate").on_after_batch_transfer(batch, 0) is batch
+
+
+@pytest.fixture
+def photos(root):
+    """Photos alone, 13."""
+    return root / "WIDER_train" / "images"
+
+
+def test_photos_without_labels_train_whole_and_are_counted_as_such(photos, caplog):
+    with caplog.at_level("INFO"):
+        datamodule = make(photos, labels=False)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{photos}: 12 photos without labels to train on",
+        f"{photos}: 1 photos without labels kept out of training",
+    ]
+    batches = epoch_of(datamodule)
+    assert [batch["labels"].any().item() for batch in batches] == [False] * 3
+    assert all(batch["boxes"].shape == (4, 1, 4) for batch in batches)
+    assert all(picture.float().std() > 1 for batch in batches for picture in batch["images"])
+    # The first crop that is drawn is taken, wherever it is.
+    once = make(photos, labels=False, transform=TransformOptions(crop_tries=1))
+    assert_same(epoch_of(once), batches)
+
+
+def test_labelled_validation_photos_are_validated_on(root, caplog):
+    with caplog.at_level("INFO"):
+        datamodule = make(root, labels=False)
+    train, val = (record.getMessage() for record in caplog.records)
+    assert train == f"{root}: 13 photos without labels to train on"
+    assert val.endswith("faces to validate on")
+    assert [sample.name for sample in datamodule.val_samples] == [s.name for s in make(root, "validate").val_samples]
+
+
+def test_nothing_is_measured_without_labels(photos, tmp_path):
+    for stage in ("validate", "test"):
+        with pytest.raises(InputError, match="validation photos have no labels, so no accuracy can be measured"):
+            make(photos, stage, labels=False)
+    assert len(make(photos, "predict", labels=False).predict_dataloader()) == 1
+    module = Taught(weight=1.0)
+    trainer = trainer_for(tmp_path, 2)
+    trainer.fit(module, make(photos, labels=False))
+    assert len(module.sums) == 6
+    assert module.validated == []
+    assert next(tmp_path.rglob("*.ckpt")).is_file()  # which usually waits for the validation
+
+
+class Taught(Recorder):
+    """Looks like a student with a teacher."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.teacher = torch.nn.Identity()
+        self.distillation = SimpleNamespace(weight=weight)
+
+
+@pytest.mark.parametrize("module", [Recorder(), Taught(weight=0.7)], ids=["no teacher", "teacher and labels"])
+def test_training_on_labels_refuses_photos_without(module, root, photos, tmp_path):
+    with pytest.raises(InputError, match=r"labels: false.*distillation\.weight 1\.0") as error:
+        trainer_for(tmp_path, 1).fit(module, make(photos, labels=False))
+    assert str(error.value).startswith(f"{photos}: ")
+    trainer_for(tmp_path, 0).fit(module, make(photos, labels=False))  # trains nothing
+    assert module.sums == []

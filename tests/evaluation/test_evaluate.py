@@ -10,14 +10,16 @@ import pytest
 import torch
 import wandb
 
-from retinaface.data.annotations import Sample, load_split
+from retinaface.data.annotations import Sample, load_split, load_unlabelled
 from retinaface.errors import InputError
 from retinaface.evaluation import evaluate as module
 from retinaface.evaluation.evaluate import (
     Photo,
     draw_worst_photos,
     evaluate,
+    evaluate_on,
     evaluation_tables,
+    labelled_by,
     landmark_error,
     save_pictures,
     save_results,
@@ -81,6 +83,33 @@ def test_checkpoint_is_evaluated(tiny_root, tiny_checkpoint, protocol):
     result = evaluate(tiny_checkpoint, tiny_root, protocol)
     assert (result.runtime, result.protocol) == ("torch", protocol)
     assert 0 <= result.accuracy.ap["all"] <= 1
+
+
+def test_a_detector_agrees_with_itself_and_less_with_another(tiny_root, tiny_checkpoint, monkeypatch):
+    class Finder:
+        """Finds two faces on each photo, one of them hardly."""
+
+        runtime = "finder"
+
+        def __init__(self, shift):
+            self.boxes = torch.tensor([[10.0, 10.0, 30.0, 30.0], [50.0, 50.0, 70.0, 70.0]]) + shift
+
+        def detect(self, image, score_threshold, nms_threshold, keep):
+            return Detections(self.boxes, torch.tensor([0.5, 0.49]), torch.ones(2, 5, 2))
+
+    shifts = {"teacher": 0.0, "near": 2.0, "far": 20.0}
+    monkeypatch.setattr(module, "load_detector", lambda model, threads=None: Finder(shifts[model.name]))
+    unlabelled = load_unlabelled(tiny_root / "WIDER_train" / "images", "val") * 3
+    samples = labelled_by(Path("teacher"), unlabelled)
+    assert [sample.path for sample in samples] == [sample.path for sample in unlabelled]
+    for sample in samples:  # only what a person would be shown
+        assert sample.boxes.tolist() == [[10, 10, 30, 30]]
+        assert sample.landmarks.shape == (1, 5, 2)
+        assert sample.counted["all"].tolist() == [True]
+    found = {name: evaluate_on(Path(name), samples) for name in shifts}
+    assert {name: each.accuracy.ap["all"] for name, each in found.items()} == {"teacher": 1, "near": 1, "far": 0}
+    assert {each.faces for each in found.values()} == {3}
+    assert found["teacher"].official_photos is None
 
 
 def test_truncated_photo_is_named(tiny_root, tiny_checkpoint, tmp_path):

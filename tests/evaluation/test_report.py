@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from retinaface.data.annotations import load_unlabelled
 from retinaface.delivery.export import export_onnx
 from retinaface.evaluation import report as module
 from retinaface.evaluation.evaluate import Accuracy, Evaluation, Photo
@@ -142,3 +143,41 @@ def test_a_model_for_another_runtime_is_told(build):
     assert "made for" not in report_markdown(report)
     report["models"][2]["backend"] = "openvino"
     assert "**int8** was made for openvino" in report_markdown(report)
+
+
+def test_without_labels_models_are_compared_with_the_teacher(files, tiny_checkpoint, tiny_root, monkeypatch):
+    photos = tiny_root / "WIDER_train" / "images"
+    seen = []
+
+    def evaluate_on(model, samples):
+        seen.append((model.stem, samples))
+        return evaluation({"teacher": 1.0, "pruned": 0.9}[model.stem], tiny_root)
+
+    monkeypatch.setattr(module, "labelled_by", lambda model, samples: [(model.stem, sample.name) for sample in samples])
+    monkeypatch.setattr(module, "evaluate_on", evaluate_on)
+    checkpoints = dict.fromkeys(NAMES[:2], tiny_checkpoint)
+    report = build_report(files, "demo", checkpoints, photos, size=64, threads=1, labels=False)
+    (held_out,) = [sample.name for sample in load_unlabelled(photos, "val")]
+    assert seen == [("teacher", [("teacher", held_out)]), ("pruned", [("teacher", held_out)])]
+    assert json.loads((files / "report.json").read_text()) == report
+    assert report["data"]["faces_by"] == "teacher"
+    assert report["retention"] is None
+    assert all(value is None for model in report["models"] for value in model["ap"].values())
+    assert [model["agreement"] for model in report["models"]] == [1.0, 0.9]
+    rows = report_rows(report["models"])
+    assert rows[0][:3] == ["model", "agreement with teacher", "params"]
+    assert [row[1] for row in rows[1:]] == ["100.0%", "90.0%"]
+    markdown = (files / "report.md").read_text()
+    assert "agrees with the teacher to **90.0%**" in markdown
+    assert "**Agreement with the teacher:**" in markdown
+    assert "9 faces of the teacher's" in markdown
+    assert "precision_recall" not in markdown
+    report["models"][-1]["agreement"] = None  # the teacher finds no face
+    assert "agrees with the teacher to **an unknown share** (the teacher finds no face" in report_markdown(report)
+
+
+def test_labelled_validation_photos_are_measured_on_whatever_the_others_are(files, tiny_checkpoint, tiny_root):
+    report = build_report(files, "demo", {"teacher": tiny_checkpoint}, tiny_root, size=64, threads=1, labels=False)
+    assert (report["data"]["photos"], report["data"]["faces_by"]) == (5, "labels")
+    assert report["models"][0]["ap"]["all"] is not None
+    assert "agreement" not in report["models"][0]

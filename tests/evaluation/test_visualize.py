@@ -212,6 +212,19 @@ def test_report_shows_what_is_kept_and_gained(tmp_path):
     assert imread(tmp_path / "report.png").std() > 0.05
 
 
+def test_report_without_labels_shows_agreement_in_place_of_ap(tmp_path):
+    models = [model | {"ap": dict.fromkeys(model["ap"]), "agreement": 1.0} for model in report_models()]
+    models[1]["agreement"] = 0.953
+    plot_report(models, tmp_path / "report.svg")
+    text = svg_text(tmp_path / "report.svg")
+    assert "agreement with the teacher" in text
+    assert "95.3%" in text
+    assert "accuracy" not in text
+    assert "precision" not in text
+    models[1]["agreement"] = None
+    plot_report(models, tmp_path / "report.png")
+
+
 def test_report_with_a_useless_student_and_without_models(tmp_path):
     models = report_models(easy=0.0)
     models[1]["ap"] = {"all": float("nan"), "easy": None}
