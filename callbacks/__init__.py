@@ -3,17 +3,21 @@
 from callbacks.evaluation_pictures import EvaluationPictures
 from callbacks.export import ExportOnnx
 from callbacks.image_logging import ImageLogging
+from callbacks.nan_guard import NanGuard
 from callbacks.post_training_quantization import PostTrainingQuantization
 from callbacks.pruning import ChannelPruning
 from callbacks.quantization import QuantizationAwareTraining
 from callbacks.sparsity import SparsityRegularization
+from callbacks.weight_averaging import WeightAveraging
 
 __all__ = [
     "ChannelPruning",
     "EvaluationPictures",
     "ExportOnnx",
     "ImageLogging",
+    "NanGuard",
     "PostTrainingQuantization",
     "QuantizationAwareTraining",
     "SparsityRegularization",
+    "WeightAveraging",
 ]

@@ -1,16 +1,17 @@
 """Trains and evaluates one detector."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
+from retinaface.compression.quantization import FakeQuantizedRetinaFace
 from retinaface.compression.structure import Network, Structure, load_float_network
 from retinaface.errors import InputError
 from retinaface.evaluation.protocols import NMS_THRESHOLD, SCORE_THRESHOLD
@@ -18,7 +19,15 @@ from retinaface.evaluation.wider_ap import WiderFaceAP
 from retinaface.model.anchors import make_anchors, picture_size
 from retinaface.model.checkpoints import load_imagenet_backbone
 from retinaface.model.losses import Losses, assign_targets, detection_loss
-from retinaface.model.network import Activation, NetworkConfig, Outputs, RetinaFace, normalize, pad_small
+from retinaface.model.network import (
+    Activation,
+    NetworkConfig,
+    Outputs,
+    RetinaFace,
+    matching_modules,
+    normalize,
+    pad_small,
+)
 from retinaface.model.postprocess import Detections, postprocess
 
 
@@ -26,17 +35,25 @@ from retinaface.model.postprocess import Detections, postprocess
 class OptimizerSettings:
     """AdamW (arXiv:1711.05101) with a linear warm-up and a cosine decay (arXiv:1608.03983) over the whole stage.
 
+    The stage is the trainer's ``max_epochs``, also where it is stopped before. A plain cosine down to 1e-4, as in many
+    tutorials, is ``warmup: 0.0`` with ``final_learning_rate: 1.0e-4``.
+
     Attributes:
         learning_rate: At the end of the warm-up.
         final_learning_rate: At the end of the stage.
         warmup: Share of the stage's steps.
         weight_decay: For convolution weights; biases and batch norms have none.
+        rates: Modules, with all below them, to a factor of the learning rate, from the first step to the last:
+            ``{backbone: 0.1}``. Names are as in :func:`retinaface.model.network.matching_modules`, also those of a
+            fake-quantized network; where several hold a parameter, the last counts. With 0 the parameters stay as they
+            are, batch statistics do not.
     """
 
     learning_rate: float = 1e-3
     final_learning_rate: float = 1e-5
     warmup: float = 0.05
     weight_decay: float = 5e-4
+    rates: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0 or self.final_learning_rate < 0:
@@ -46,6 +63,9 @@ class OptimizerSettings:
             )
         if not 0 <= self.warmup <= 1:
             raise InputError(f"optimizer: warmup is {self.warmup}; expected a share of the steps from 0 to 1")
+        for name, factor in self.rates.items():
+            if factor < 0:
+                raise InputError(f"optimizer: rates gives {name} {factor}; expected a factor of 0 or more")
 
 
 @dataclass(frozen=True)
@@ -191,11 +211,10 @@ class RetinaFaceModule(L.LightningModule):
     @override
     def configure_optimizers(self) -> Any:
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.optimizer.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.optimizer.learning_rate)
+        factors = rate_factors(self.network, self.optimizer.rates)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(trained, factors, self.optimizer), lr=self.optimizer.learning_rate
+        )
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, self.optimizer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -229,6 +248,60 @@ def require_same(what: str, path: str, found: NetworkConfig, expected: NetworkCo
         has, needed = getattr(found, name), getattr(expected, name)
         if has != needed:
             raise InputError(f"{path}: its {name} {has} is not {needed}; give {what} of the same network")
+
+
+def rate_factors(network: Network, rates: Mapping[str, float]) -> dict[nn.Parameter, float]:
+    """Finds the parameters that have a learning rate of their own.
+
+    Args:
+        network: Float or fake-quantized.
+        rates: As in :class:`OptimizerSettings`.
+
+    Returns:
+        Parameter to factor, for those that are named.
+
+    Raises:
+        InputError: A name matches nothing, or nothing that has parameters.
+    """
+    # An exported graph keeps its parameters in modules that are named as in the float network.
+    modules = network.graph if isinstance(network, FakeQuantizedRetinaFace) else network
+    factors: dict[nn.Parameter, float] = {}
+    for pattern, factor in rates.items():
+        names = matching_modules(modules, [pattern], "optimizer: rates")
+        found = [parameter for name in names for parameter in modules.get_submodule(name).parameters()]
+        if not found:
+            raise InputError(
+                f"optimizer: rates names {pattern}, which holds no parameters; name the module around it, or leave it "
+                "out"
+            )
+        factors |= dict.fromkeys(found, factor)
+    return factors
+
+
+def parameter_groups(
+    parameters: Sequence[nn.Parameter], factors: Mapping[nn.Parameter, float], settings: OptimizerSettings
+) -> list[dict[str, Any]]:
+    """Sorts parameters into the groups of an optimizer, by learning rate and weight decay.
+
+    Args:
+        parameters: All that are trained.
+        factors: Of the learning rate; 1 for parameters that are not in it.
+        settings: The learning rate, and the weight decay of parameters with more than one dimension.
+
+    Returns:
+        The groups, higher learning rates first, and for each the decayed parameters first.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault((factors.get(parameter, 1.0), parameter.ndim > 1), []).append(parameter)
+    return [
+        {
+            "params": groups[factor, decays],
+            "lr": factor * settings.learning_rate,
+            "weight_decay": settings.weight_decay if decays else 0.0,
+        }
+        for factor, decays in sorted(groups, reverse=True)
+    ]
 
 
 def learning_rate_factor(step: int, steps: int, settings: OptimizerSettings) -> float:

@@ -22,8 +22,9 @@ _MOST_WORKERS = 16
 
 
 class TrainItem(TransformedSample):
-    """An augmented sample; ``skipped`` names the unreadable files that it stands in for."""
+    """An augmented sample, the photo's ``name``, and in ``skipped`` the unreadable files that it stands in for."""
 
+    name: str
     skipped: list[str]
 
 
@@ -69,7 +70,7 @@ class TrainDataset(Dataset[TrainItem]):
             labels = np.where(sample.counted["all"], FACE, IGNORED)
             seed = int(np.random.SeedSequence((self.seed, draw)).generate_state(1)[0])
             result = self.transform(image, sample.boxes, sample.landmarks, labels, seed)
-            return {**result, "skipped": skipped}
+            return {**result, "name": sample.name, "skipped": skipped}
         raise InputError(f"{skipped[0]} and all other {len(self) - 1} training photos are unreadable; check the disk")
 
 
@@ -172,7 +173,8 @@ def collate_train(items: Sequence[TrainItem]) -> dict[str, Any]:
 
     Returns:
         ``images`` uint8 ``(B, 3, S, S)``; ``boxes`` float32 ``(B, M, 4)``, ``landmarks`` float32 ``(B, M, 5, 2)``,
-        ``has_landmarks`` bool ``(B, M)`` and ``labels`` int64 ``(B, M)`` with ``M >= 1``; ``skipped`` list of paths.
+        ``has_landmarks`` bool ``(B, M)`` and ``labels`` int64 ``(B, M)`` with ``M >= 1``; ``names`` of the photos and
+        ``skipped`` paths, lists of str.
     """
     return {
         "images": _stack_images([item["image"] for item in items]),
@@ -180,6 +182,7 @@ def collate_train(items: Sequence[TrainItem]) -> dict[str, Any]:
         "landmarks": _pad([item["landmarks"] for item in items]),
         "has_landmarks": _pad([item["has_landmarks"] for item in items]),
         "labels": _pad([item["labels"] for item in items]),
+        "names": [item["name"] for item in items],
         "skipped": [path for item in items for path in item["skipped"]],
     }
 

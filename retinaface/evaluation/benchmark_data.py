@@ -89,7 +89,7 @@ def time_samples(
         image, read = _timed(read_image, sample.path)
         result, whole = _timed(transform, image, sample.boxes, sample.landmarks, labels, seed)
         _, crop = _timed(crop_only, image, sample.boxes, sample.landmarks, labels, seed)
-        items.append({**result, "skipped": []})
+        items.append({**result, "name": sample.name, "skipped": []})
         if number > 0:
             timings.decode.append(decode)
             timings.read.append(read)

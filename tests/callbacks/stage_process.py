@@ -27,11 +27,24 @@ class KillInSecondEpoch(L.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class SpoilLandmarks(L.Callback):
+    """Gives one process NaN as landmarks of its photos, from one step on."""
+
+    def __init__(self, rank: int = 0, step: int = 0) -> None:
+        self.rank = rank
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.global_rank == self.rank and trainer.global_step >= self.step:
+            batch["landmarks"].fill_(torch.nan)
+            batch["has_landmarks"].fill_(True)
+
+
 class SaveEveryRank(L.Callback):
-    """Saves each process's network before and after training, and the photos its metric saw."""
+    """Saves what each process trains before and after training, and the photos its metric saw."""
 
     def on_fit_start(self, trainer, pl_module) -> None:
-        self.before = {name: value.clone() for name, value in pl_module.network.state_dict().items()}
+        self.before = {name: value.clone() for name, value in student_state(pl_module).items()}
 
     def on_validation_epoch_end(self, trainer, pl_module) -> None:
         self.seen = pl_module.val_ap.photos_seen().image_ids
@@ -40,12 +53,16 @@ class SaveEveryRank(L.Callback):
         content = {
             "plans": pl_module.structure.plans,
             "before": self.before,
-            "after": pl_module.network.state_dict(),
-            "trained": [name for name, _ in pl_module.network.named_parameters()],
+            "after": student_state(pl_module),
+            "trained": [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad],
             "ap": float(trainer.callback_metrics["val/ap_all"]),
             "seen": self.seen,
         }
         torch.save(content, Path(trainer.default_root_dir) / f"rank_{trainer.global_rank}.pt")
+
+
+def student_state(module):
+    return {name: value for name, value in module.state_dict().items() if not name.startswith("teacher.")}
 
 
 if __name__ == "__main__":

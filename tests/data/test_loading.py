@@ -72,12 +72,14 @@ def test_batch_without_faces_has_room_for_one():
         "landmarks": np.zeros((0, 5, 2), np.float32),
         "has_landmarks": np.zeros(0, bool),
         "labels": np.zeros(0, np.int64),
+        "name": "0--Parade/empty",
         "skipped": [],
     }
     batch = collate_train([empty, empty])
     assert batch["boxes"].shape == (2, 1, 4)
     assert batch["landmarks"].shape == (2, 1, 5, 2)
     assert not batch["labels"].any()
+    assert batch["names"] == ["0--Parade/empty"] * 2
 
 
 @pytest.mark.parametrize(

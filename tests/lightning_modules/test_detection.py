@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from datamodules import WiderFaceDataModule
 from lightning_modules import RetinaFaceModule
-from lightning_modules.detection import OptimizerSettings, learning_rate_factor
+from lightning_modules.detection import OptimizerSettings, learning_rate_factor, parameter_groups, rate_factors
 from retinaface.errors import InputError
 from retinaface.evaluation.evaluate import evaluate
 from retinaface.model.network import NetworkConfig
@@ -110,9 +110,69 @@ def test_activation_holds_with_and_without_weights(tiny_checkpoint):
         assert not any(isinstance(submodule, torch.nn.LeakyReLU) for submodule in module.network.modules())
 
 
+def test_modules_learn_at_rates_of_their_own(tiny_checkpoint):
+    """Over the whole schedule; the last that is named counts, and what is outside of the network learns as usual."""
+    rates = {"backbone": 0.1, "backbone.*1": 0.5, "*_heads": 2.0}
+    module = RetinaFaceModule(weights=str(tiny_checkpoint), optimizer=OptimizerSettings(0.01, warmup=0.5, rates=rates))
+    module.adapters = torch.nn.Conv2d(2, 3, 1)
+    module.trainer = L.Trainer(accelerator="cpu", logger=False, max_steps=8, enable_progress_bar=False)
+    configured = module.configure_optimizers()
+    optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    seen = []
+    for _ in range(8):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    of = {names[p]: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    assert of.keys() == set(names.values())
+    for name, factor in (
+        ("network.backbone.stage1.0.0.weight", 0.5),
+        ("network.backbone.stage2.0.0.weight", 0.1),
+        ("network.backbone.stage3.0.1.bias", 0.1),
+        ("network.class_heads.0.weight", 2.0),
+        ("network.fpn.merge.0.0.weight", 1.0),
+        ("adapters.weight", 1.0),
+    ):
+        expected = [0.01 * factor * learning_rate_factor(step, 8, module.optimizer) for step in range(8)]
+        assert [rates[of[name]] for rates in seen] == pytest.approx(expected), name
+    for group in optimizer.param_groups:
+        (decays,) = {parameter.ndim > 1 for parameter in group["params"]}
+        assert group["weight_decay"] == (module.optimizer.weight_decay if decays else 0)
+
+
+def test_fake_quantized_networks_have_the_same_names(compressed):
+    rates = {"backbone": 0.1, "ssh.0": 0.3}
+    names = []
+    for network in (compressed.pruned, compressed.int8):
+        factors = rate_factors(network, rates)
+        names.append({name: factors.get(p) for name, p in network.named_parameters()})
+    expected, actual = names
+    assert set(expected.values()) == {0.1, 0.3, None}
+    assert {name.removeprefix("graph."): factor for name, factor in actual.items()} == expected
+
+
+def test_without_rates_there_are_two_groups_in_the_order_of_the_parameters(tiny_network):
+    parameters = list(tiny_network.parameters())
+    decayed, free = parameter_groups(parameters, {}, OptimizerSettings(0.02, weight_decay=0.1))
+    assert [id(p) for p in decayed["params"]] == [id(p) for p in parameters if p.ndim > 1]
+    assert [id(p) for p in free["params"]] == [id(p) for p in parameters if p.ndim == 1]
+    assert (decayed["lr"], decayed["weight_decay"], free["lr"], free["weight_decay"]) == (0.02, 0.1, 0.02, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"), [("backbone.stage9", "does not have"), ("backbone.stage1.0.2", "holds no parameters")]
+)
+def test_rates_of_nothing_are_named(tiny_network, compressed, name, problem):
+    networks = (tiny_network,) if problem == "holds no parameters" else (tiny_network, compressed.int8)
+    for network in networks:
+        with pytest.raises(InputError, match=rf"optimizer: rates names {name}, which .*{problem.split()[-1]}"):
+            rate_factors(network, {"fpn": 0.5, name: 0.1})
+
+
 @pytest.mark.parametrize(
     "settings",
-    [{"learning_rate": 0}, {"final_learning_rate": -1}, {"warmup": 1.5}],
+    [{"learning_rate": 0}, {"final_learning_rate": -1}, {"warmup": 1.5}, {"rates": {"fpn": -0.1}}],
     ids=lambda value: next(iter(value)),
 )
 def test_bad_optimizer_settings_are_named(settings):
