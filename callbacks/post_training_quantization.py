@@ -10,7 +10,7 @@ from typing_extensions import override
 from callbacks.quantization import network_to_quantize, training_samples
 from lightning_modules import RetinaFaceModule
 from retinaface.compression.calibration import CalibrationPictures, CalibrationSettings, Observer, calibrate
-from retinaface.compression.quantization import HEADS, QuantizationSettings, prepare_for_training
+from retinaface.compression.quantization import QuantizationSettings, prepare_for_training
 from retinaface.compression.quantizer import BackendName
 from retinaface.errors import InputError
 
@@ -36,7 +36,7 @@ class PostTrainingQuantization(L.Callback):
 
     def __init__(
         self,
-        keep_float: Sequence[str] = HEADS,
+        keep_float: Sequence[str] = (),
         backend: BackendName = "onnxruntime",
         weight_bits: int = 8,
         photos: int = 64,

@@ -12,7 +12,6 @@ from callbacks.first_process import decided_by_first_process
 from lightning_modules import RetinaFaceModule
 from retinaface.compression.calibration import CalibrationPictures
 from retinaface.compression.quantization import (
-    HEADS,
     FakeQuantizedRetinaFace,
     QuantizationSettings,
     prepare_for_training,
@@ -62,8 +61,8 @@ class QuantizationAwareTraining(L.Callback):
 
     With ``keep_float: auto`` it measures what stays in float, on training photos and this machine's CPU; see
     :func:`retinaface.evaluation.mixed_precision.choose_keep_float`. That takes some 40 exports and evaluations, a
-    quarter of an hour or more, for which other processes wait. A ``fast_dev_run`` measures nothing and leaves the
-    heads in float.
+    quarter of an hour or more, for which other processes wait. A ``fast_dev_run`` measures nothing and leaves
+    nothing in float.
 
     Args:
         keep_float: Modules, with all below them, that stay in float, such as ``backbone.stage1`` or ``class_heads``; or
@@ -87,7 +86,7 @@ class QuantizationAwareTraining(L.Callback):
 
     def __init__(
         self,
-        keep_float: Literal["auto"] | Sequence[str] = HEADS,
+        keep_float: Literal["auto"] | Sequence[str] = (),
         averaging: float = 0.02,
         freeze_at: float = 0.5,
         freeze_statistics_at: float | None = None,
@@ -99,9 +98,7 @@ class QuantizationAwareTraining(L.Callback):
         threads: int | None = None,
     ) -> None:
         self.chooses = keep_float == "auto"
-        self.settings = QuantizationSettings(
-            HEADS if self.chooses else tuple(keep_float), averaging, backend, weight_bits
-        )
+        self.settings = QuantizationSettings(() if self.chooses else tuple(keep_float), averaging, backend, weight_bits)
         if not 0 <= ap_budget < 1:
             raise InputError(f"quantization: ap_budget is {ap_budget}; expected 0 or more, below 1")
         if choose_photos < 1:

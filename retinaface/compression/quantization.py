@@ -6,7 +6,7 @@ Built on torchao's PT2E flow (export, annotate, prepare, train, convert).
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import get_args
 
 import torch
@@ -30,8 +30,6 @@ from retinaface.compression.quantizer import (
 from retinaface.errors import InputError
 from retinaface.model.network import DYNAMIC_SHAPE, Outputs, RetinaFace, export_example, matching_modules
 
-HEADS = ("class_heads", "box_heads", "landmark_heads")
-
 # Weights of batch norms start away from zero, where the channel says nothing anyway.
 _SMALLEST_GAMMA = 1e-6
 
@@ -50,7 +48,7 @@ class QuantizationSettings:
         weight_bits: 8, or 7 for CPUs without VNNI, whose sums of products of 8-bit numbers saturate at 16 bits.
     """
 
-    keep_float: Sequence[str] = field(default=HEADS)
+    keep_float: Sequence[str] = ()
     averaging: float = 0.02
     backend: BackendName = "onnxruntime"
     weight_bits: int = 8

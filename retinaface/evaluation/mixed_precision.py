@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from retinaface.compression.calibration import CalibrationPictures, CalibrationSettings, calibrate
 from retinaface.compression.quantization import (
-    HEADS,
     FakeQuantizedRetinaFace,
     QuantizationSettings,
     prepare_for_training,
@@ -32,6 +31,8 @@ from retinaface.evaluation.benchmark import benchmark
 from retinaface.evaluation.evaluate import average_precision
 from retinaface.model.network import RetinaFace, lies_in
 from retinaface.progress import SizedIterable
+
+_HEADS = ("class_heads", "box_heads", "landmark_heads")
 
 # Blocks, or None for a network that is wholly in float.
 Kept = tuple[str, ...] | None
@@ -90,7 +91,7 @@ def units(network: RetinaFace) -> dict[str, tuple[str, ...]]:
             if sum(lies_in(each, outer) for each in names) > 1:
                 found[outer] = (outer,)
         found[name] = (name,)
-    return found | {"*_heads": HEADS}
+    return found | {"*_heads": _HEADS}
 
 
 def _joined(kept: tuple[str, ...], added: tuple[str, ...]) -> tuple[str, ...]:

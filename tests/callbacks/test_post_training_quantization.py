@@ -23,7 +23,7 @@ def ptq_run(tiny_root, tiny_checkpoint, tmp_path_factory, run_stage, make_stage_
 def test_nothing_is_trained_and_the_result_is_calibrated(ptq_run, tiny_root, tiny_checkpoint):
     cli, folder, _ = ptq_run
     assert cli.trainer.global_step == 0  # though the arguments ask for epochs
-    expected = prepare_for_training(load_float_network(tiny_checkpoint)[0], QuantizationSettings(keep_float=()))
+    expected = prepare_for_training(load_float_network(tiny_checkpoint)[0], QuantizationSettings())
     photos = CalibrationPictures(load_split(tiny_root, "train"), 64)
     calibrate(expected, photos, CalibrationSettings("histogram"))
     saved, structure = load_network(folder / "checkpoints" / "last.ckpt")

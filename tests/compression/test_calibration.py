@@ -21,7 +21,7 @@ def pictures(count=3, seed=0):
 
 @pytest.fixture(scope="module")
 def uncalibrated(build_network):
-    return prepare_for_training(build_network(channels=16), QuantizationSettings(keep_float=()))
+    return prepare_for_training(build_network(channels=16), QuantizationSettings())
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_moving_average_lies_within_what_was_seen(fresh):
 @pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt"])
 def test_every_observer_makes_int8_like_float(build_network, observer, backend):
     network = build_network(channels=16)
-    prepared = prepare_for_training(network, QuantizationSettings(keep_float=(), backend=backend))
+    prepared = prepare_for_training(network, QuantizationSettings(backend=backend))
     calibrated(prepared, CalibrationSettings(observer, correct_biases=False))
     images = pictures(1, seed=9)[0]
     for exact, rounded in zip(run(network, images), run(prepared, images), strict=True):

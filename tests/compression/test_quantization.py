@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from retinaface.compression.quantization import (
-    HEADS,
     QuantizationSettings,
     convert,
     prepare_for_training,
@@ -20,7 +19,7 @@ from retinaface.delivery.export import export_onnx
 from retinaface.errors import InputError
 from retinaface.evaluation.int8_share import convolutions_in_int8
 
-ALL = QuantizationSettings(keep_float=())
+ALL = QuantizationSettings()
 
 
 def pictures(seed, *shape):
@@ -117,7 +116,9 @@ def test_only_what_is_to_stay_in_float_does(compressed, onnx_files, tmp_path):
     """With pruning, ReLU, and heads, pyramid and first convolution in float."""
     operations = runtime_operations(onnx_files["int8"], tmp_path)
     network = compressed.pruned
-    quantized = convolutions(network, outside=(*HEADS, "backbone.stage1.0", "fpn"))
+    quantized = convolutions(
+        network, outside=("class_heads", "box_heads", "landmark_heads", "backbone.stage1.0", "fpn")
+    )
     assert quantized == convolutions(network) - 15
     assert operations["QLinearConv"] == quantized
     assert operations["Conv"] + operations["FusedConv"] == 15
@@ -127,7 +128,7 @@ def test_only_what_is_to_stay_in_float_does(compressed, onnx_files, tmp_path):
 
 @pytest.mark.parametrize("backend", ["openvino", "tensorrt"])
 def test_an_activation_that_runs_within_the_convolution_is_not_rounded_twice(float_network, prepared, backend):
-    other = prepare_for_training(float_network, QuantizationSettings(keep_float=(), backend=backend))
+    other = prepare_for_training(float_network, QuantizationSettings(backend=backend))
     assert len(prepared.activations()) - len(other.activations()) == 38 + 9  # LeakyReLUs; outputs of heads
     for node in other.graph.graph.nodes:
         if node.target is torch.ops.aten.leaky_relu.default:
@@ -136,7 +137,7 @@ def test_an_activation_that_runs_within_the_convolution_is_not_rounded_twice(flo
 
 def test_openvino_runs_every_convolution_of_its_files_in_int8(float_network, tmp_path):
     pytest.importorskip("openvino", reason="OpenVINO, which is optional, is not installed")
-    network = train(prepare_for_training(float_network, QuantizationSettings(keep_float=(), backend="openvino")), 1)
+    network = train(prepare_for_training(float_network, QuantizationSettings(backend="openvino")), 1)
     export_onnx(network, tmp_path / "int8.onnx")
     operations = Counter(node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node)
     assert operations["Conv"] == 56
@@ -145,7 +146,7 @@ def test_openvino_runs_every_convolution_of_its_files_in_int8(float_network, tmp
 
 
 def test_tensorrt_has_no_zero_points(float_network, tmp_path):
-    network = train(prepare_for_training(float_network, QuantizationSettings(keep_float=(), backend="tensorrt")))
+    network = train(prepare_for_training(float_network, QuantizationSettings(backend="tensorrt")))
     assert not any(int(activation.zero_point) for activation in network.activations())
     assert min(float(activation.scale) for activation in network.activations()) > 0
     export_onnx(network, tmp_path / "int8.onnx")
@@ -157,7 +158,7 @@ def test_tensorrt_has_no_zero_points(float_network, tmp_path):
 
 
 def test_seven_bits_for_weights_use_half_of_the_range(float_network):
-    network = train(prepare_for_training(float_network, QuantizationSettings(keep_float=(), weight_bits=7)), 1)
+    network = train(prepare_for_training(float_network, QuantizationSettings(weight_bits=7)), 1)
     graph = convert(network)
     weights = [value for value in graph.state_dict().values() if value.dtype == torch.int8]
     weights = weights or [buffer for buffer in graph.buffers() if buffer.dtype == torch.int8]
@@ -222,7 +223,7 @@ def test_either_of_them_can_stand_still_alone(fresh):
 @pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt"])
 def test_mixed_precision_rounds_on_the_same_grid(float_network, backend):
     """Autocast computes in bfloat16, whose 8 bits would be too coarse for what is rounded to 8 bits."""
-    fresh = prepare_for_training(float_network, QuantizationSettings(keep_float=(), backend=backend))
+    fresh = prepare_for_training(float_network, QuantizationSettings(backend=backend))
     precise = deepcopy(fresh).train()
     images = pictures(7)
     with torch.no_grad():
