@@ -1,47 +1,28 @@
 """Makes a student small while a frozen teacher tells it what to say."""
 
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_modules.detection import LossSettings, OptimizerSettings, RetinaFaceModule, require_same
-from retinaface.compression.distillation import distillation_loss
+from retinaface.compression.distillation import DistillationSettings, distillation_losses
+from retinaface.compression.features import FeatureTap, feature_widths, make_adapters
 from retinaface.compression.structure import Network, load_network
 from retinaface.errors import InputError
-from retinaface.model.network import Activation, normalize
-
-
-@dataclass(frozen=True)
-class DistillationSettings:
-    """How much the teacher counts; see :func:`retinaface.compression.distillation.distillation_loss`.
-
-    Attributes:
-        weight: Share of the distillation loss, 0 to 1; the labels have the rest.
-        temperature: Softens the class distributions.
-        confidence: Teacher's face score from which its boxes and landmarks are learnt.
-    """
-
-    weight: float = 0.7
-    temperature: float = 3.0
-    confidence: float = 0.3
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.weight <= 1:
-            raise InputError(f"distillation: weight is {self.weight}; expected a share from 0 to 1")
-        if self.temperature <= 0:
-            raise InputError(
-                f"distillation: temperature is {self.temperature}; expected more than 0 (1 softens nothing)"
-            )
+from retinaface.model.network import Activation, Outputs, normalize
 
 
 class CompressionModule(RetinaFaceModule):
     """A student (``network``) and its frozen teacher.
 
     What makes the student small is done by callbacks: ``callbacks.ChannelPruning``, then, in a stage of its own,
-    ``callbacks.QuantizationAwareTraining``. The teacher is not in the checkpoint.
+    ``callbacks.QuantizationAwareTraining``. The teacher is not in the checkpoint. ``adapters``, which bring the
+    student's features to the teacher's widths where features are distilled, are trained and in the checkpoint, but no
+    part of the student: whatever reads a checkpoint for its network leaves them.
 
     Args:
         student: Checkpoint that the student starts from (.ckpt or .pth). Needed to train; a checkpoint of this module
@@ -54,7 +35,7 @@ class CompressionModule(RetinaFaceModule):
 
     Raises:
         InputError: A checkpoint cannot be read, the student is quantized, or the teacher's anchors are not the
-            student's.
+            student's; when a fit goes on, its checkpoint was trained with other adapters.
     """
 
     def __init__(
@@ -69,6 +50,8 @@ class CompressionModule(RetinaFaceModule):
         super().__init__(weights=student, activation=activation, optimizer=optimizer, loss=loss)
         self.distillation = distillation or DistillationSettings()
         self._has_student = student is not None
+        self.adapters = nn.ModuleList()
+        self._teacher_tap: FeatureTap | None = None
         self.teacher: Network | None = None
         if teacher is not None:
             self.teacher, structure = load_network(teacher)
@@ -95,18 +78,78 @@ class CompressionModule(RetinaFaceModule):
         return self
 
     @override
+    def configure_model(self) -> None:
+        """Makes the adapters when a fit begins: callbacks have given the student its shape in their ``setup``."""
+        if self._fits and self._teaches_features and self._teacher_tap is None:
+            assert self.teacher is not None
+            self._make_adapters()
+            self._teacher_tap = FeatureTap(self.teacher, self.distillation.feature_levels)
+
+    @property
+    def _fits(self) -> bool:
+        return self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+
+    @property
+    def _teaches(self) -> bool:
+        return self.teacher is not None and self.distillation.weight > 0
+
+    @property
+    def _teaches_features(self) -> bool:
+        return self._teaches and self.distillation.features > 0
+
+    def _make_adapters(self) -> None:
+        assert self.teacher is not None
+        levels = self.distillation.feature_levels
+        self.adapters = make_adapters(feature_widths(self.student, levels), feature_widths(self.teacher, levels))
+
+    @override
+    def on_fit_start(self) -> None:
+        if self._teaches and self.distillation.compile_teacher:
+            assert self.teacher is not None
+            self.teacher.compile(dynamic=True)  # in place, so that names of weights stay the same
+
+    @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Loss against the labels and the teacher, logged by part."""
         images = normalize(batch["images"])
-        outputs = self.student(images)
-        task = self.task_loss(outputs, batch)
-        self.log_losses("train", task, len(images))
-        if self.teacher is None:
-            return task.total
-        with torch.no_grad():
+        tap = FeatureTap(self.student, self.distillation.feature_levels) if self._teaches_features else None
+        with tap or nullcontext():
+            outputs = self.student(images)
+        if not self._teaches:
+            return self._task_loss(outputs, batch)
+        share = self.distillation.weight
+        if share == 1:
+            return self._distillation_loss(images, outputs, tap)
+        task = self._task_loss(outputs, batch)
+        return share * self._distillation_loss(images, outputs, tap) + (1 - share) * task
+
+    def _task_loss(self, outputs: Outputs, batch: dict[str, Any]) -> Tensor:
+        losses = self.task_loss(outputs, batch)
+        self.log_losses("train", losses, len(batch["images"]))
+        return losses.total
+
+    def _distillation_loss(self, images: Tensor, outputs: Outputs, tap: FeatureTap | None) -> Tensor:
+        assert self.teacher is not None
+        with torch.no_grad(), self._teacher_context(images.device.type):
             wanted = self.teacher(images)
-        distilled = distillation_loss(outputs, wanted, self.distillation.temperature, self.distillation.confidence)
-        self.log_losses("distillation", distilled, len(images))
-        return self.distillation.weight * distilled.total + (1 - self.distillation.weight) * task.total
+        own_features: list[Tensor] = []
+        wanted_features: list[Tensor] = []
+        if tap is not None and self._teacher_tap is not None:
+            own_features = [adapt(maps) for adapt, maps in zip(self.adapters, tap.features, strict=True)]
+            wanted_features = self._teacher_tap.features
+        losses = distillation_losses(outputs, wanted, self.distillation, own_features, wanted_features)
+        total = sum(losses.values(), start=images.new_zeros(()))
+        values = {f"distillation/{part}": value.detach() for part, value in losses.items()}
+        self.log_dict(values, batch_size=len(images))
+        self.log("distillation/loss", total.detach(), prog_bar=True, batch_size=len(images))
+        return total
+
+    def _teacher_context(self, device: str) -> AbstractContextManager[Any]:
+        """What the teacher computes in; the trainer's precision is set around every step."""
+        precision = self.distillation.teacher_precision
+        if precision is None:
+            return nullcontext()
+        return torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -118,5 +161,23 @@ class CompressionModule(RetinaFaceModule):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
+        weights = checkpoint["state_dict"]
+        self._take_adapters(weights)
         if self.teacher is not None:  # it keeps the weights that it has, and everything else must match
-            checkpoint["state_dict"].update({f"teacher.{k}": v for k, v in self.teacher.state_dict().items()})
+            weights.update({f"teacher.{k}": v for k, v in self.teacher.state_dict().items()})
+
+    def _take_adapters(self, weights: dict[str, Tensor]) -> None:
+        """Makes room for a checkpoint's adapters where training goes on, and leaves them out everywhere else."""
+        found = {key for key in weights if key.startswith("adapters.")}
+        if not self._fits:
+            for key in found:
+                del weights[key]
+            return
+        if self._teaches_features:
+            self._make_adapters()
+        if found != {f"adapters.{key}" for key in self.adapters.state_dict()}:
+            raise InputError(
+                f"{self.trainer.ckpt_path}: was trained with another distillation of features, which cannot change "
+                "within a fit; set what it began with, or give the checkpoint as the student "
+                "(--model.init_args.student)"
+            )

@@ -68,7 +68,7 @@ def student_state(module):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     # Exports take seconds and change nothing that is compared; nor do timings.
-    callbacks.export.export_onnx = lambda network, path: None
+    callbacks.export.export_onnx = lambda *_, **__: None
     retinaface.evaluation.speedup.export_onnx = lambda network, path: None
     timings = [SimpleNamespace(median_ms=10.0, ratio=1.0)] * 2
     retinaface.evaluation.speedup.benchmark = lambda *args, **options: timings

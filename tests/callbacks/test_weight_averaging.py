@@ -140,7 +140,9 @@ def exported(monkeypatch):
     """The weights that were exported, per stage, without the file."""
     found = []
     monkeypatch.setattr(
-        callbacks.export, "export_onnx", lambda network, path: found.append(copied(SimpleNamespace(network=network)))
+        callbacks.export,
+        "export_onnx",
+        lambda network, *_, **__: found.append(copied(SimpleNamespace(network=network))),
     )
     return found
 

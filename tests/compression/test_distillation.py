@@ -1,53 +1,176 @@
 import pytest
 import torch
+import torch.nn.functional as F
+from torchvision.ops import generalized_box_iou
 
-from retinaface.compression.distillation import distillation_loss, logit_distillation
+from retinaface.compression.distillation import (
+    DistillationSettings,
+    channel_distillation,
+    distillation_losses,
+    giou_distillation,
+    logit_distillation,
+    pearson_distillation,
+    teacher_certainty,
+)
+from retinaface.errors import InputError
+from retinaface.model.anchors import make_anchors
+from retinaface.model.boxes import decode_boxes
+
+DEFAULTS = DistillationSettings()
+GIOU = DistillationSettings(box_loss="giou")
 
 
 def random_outputs():
     return torch.randn(2, 50, 2) * 2, torch.randn(2, 50, 4), torch.randn(2, 50, 10)
 
 
-def test_nothing_to_learn_from_oneself():
+def random_features(*widths):
+    return [torch.randn(2, width, size, size + 1) for width, size in zip(widths, (5, 3, 2), strict=True)]
+
+
+@pytest.mark.parametrize("settings", [DEFAULTS, GIOU], ids=lambda settings: settings.box_loss)
+def test_nothing_to_learn_from_oneself(settings):
     outputs = random_outputs()
-    losses = distillation_loss(outputs, outputs)
-    assert losses.total.item() == pytest.approx(0, abs=1e-6)
+    losses = distillation_losses(outputs, outputs, settings)
+    assert sum(losses.values()).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_every_part_notices_its_own_difference():
+def test_nothing_to_learn_from_own_features():
+    outputs, features = random_outputs(), random_features(3, 4, 5)
+    for kind in ("pkd", "cwd"):
+        settings = DistillationSettings(features=1.0, feature_loss=kind)
+        losses = distillation_losses(outputs, outputs, settings, features, features)
+        assert losses["features"].item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("settings", [DEFAULTS, GIOU], ids=lambda settings: settings.box_loss)
+def test_every_part_notices_its_own_difference(settings):
     teacher = random_outputs()
     for index in range(3):
         student = list(teacher)
         student[index] = random_outputs()[index]
-        losses = distillation_loss(tuple(student), teacher)
-        assert [loss.item() > 1e-3 for loss in losses] == [index == part for part in range(3)]
+        losses = distillation_losses(tuple(student), teacher, settings)
+        assert [loss.item() > 1e-3 for loss in losses.values()] == [index == part for part in range(3)]
+
+
+def test_weights_of_the_parts():
+    student, teacher = random_outputs(), random_outputs()
+    own, wanted = random_features(3, 4, 5), random_features(3, 4, 5)
+    ones = distillation_losses(student, teacher, DistillationSettings(features=1.0), own, wanted)
+    assert list(ones) == ["logits", "boxes", "landmarks", "features"]
+    for part in ones:
+        weights = dict.fromkeys(ones, 0.0) | {part: 2.5}
+        losses = distillation_losses(student, teacher, DistillationSettings(**weights), own, wanted)
+        assert losses == {part: 2.5 * ones[part]}
+    assert list(distillation_losses(student, teacher, DEFAULTS)) == ["logits", "boxes", "landmarks"]
 
 
 def test_gradients_reach_the_student_only():
     student = tuple(output.requires_grad_() for output in random_outputs())
     teacher = tuple(output.requires_grad_() for output in random_outputs())
-    distillation_loss(student, tuple(output.detach() for output in teacher)).total.backward()
+    losses = distillation_losses(student, tuple(output.detach() for output in teacher), DEFAULTS)
+    sum(losses.values()).backward()
     assert all(output.grad.abs().sum() > 0 for output in student)
     assert all(output.grad is None for output in teacher)
 
 
-def test_boxes_are_learnt_only_where_the_teacher_is_confident():
+@pytest.mark.parametrize("box_loss", ["smooth_l1", "giou"])
+def test_boxes_are_learnt_only_where_the_teacher_is_confident(box_loss):
     teacher = random_outputs()
     score = teacher[0].softmax(-1)[..., 1]
     student = tuple(output.requires_grad_() for output in random_outputs())
-    distillation_loss(student, teacher, confidence=0.6).total.backward()
+    settings = DistillationSettings(confidence=0.6, box_loss=box_loss)
+    sum(distillation_losses(student, teacher, settings).values()).backward()
     for output in student[1:]:
         assert torch.equal(output.grad.abs().sum(-1) > 0, score >= 0.6)
 
 
-def test_a_teacher_without_faces_gives_finite_gradients():
+@pytest.mark.parametrize("settings", [DEFAULTS, GIOU], ids=lambda settings: settings.box_loss)
+def test_a_teacher_without_faces_gives_finite_gradients(settings):
     teacher = random_outputs()
     teacher[0][..., 1] = -40
     student = tuple(output.requires_grad_() for output in random_outputs())
-    losses = distillation_loss(student, teacher)
-    losses.total.backward()
-    assert losses.boxes == losses.landmarks == 0
+    losses = distillation_losses(student, teacher, settings)
+    sum(losses.values()).backward()
+    assert losses["boxes"] == losses["landmarks"] == 0
+    assert student[0].grad.isfinite().all()
+    assert all(not output.grad.any() for output in student[1:])
+
+
+@pytest.mark.parametrize("settings", [DEFAULTS, GIOU], ids=lambda settings: settings.box_loss)
+def test_an_untrained_student_has_a_finite_loss(settings):
+    """Deltas of 1000 make boxes of e^200 anchors, which float32 does not hold."""
+    teacher = random_outputs()
+    student = tuple((output * 1000).requires_grad_() for output in random_outputs())
+    losses = distillation_losses(student, teacher, settings)
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
     assert all(output.grad.isfinite().all() for output in student)
+
+
+def test_giou_is_that_of_torchvision_on_decoded_boxes():
+    anchors = make_anchors(64, 96, ((16, 32), (64, 128)), (8, 16))
+    deltas = torch.randn(2, 2, len(anchors), 4) * 3
+    certainty = torch.rand(2, len(anchors)).clamp(min=0.5) - 0.5
+    own, wanted = (decode_boxes(each, anchors) for each in deltas.double())
+    errors = torch.stack([1 - generalized_box_iou(a, b).diagonal() for a, b in zip(own, wanted, strict=True)])
+    expected = (errors * certainty).sum() / certainty.sum()
+    torch.testing.assert_close(giou_distillation(*deltas, certainty), expected.float())
+
+
+def test_certainty_is_the_score_of_a_confident_teacher():
+    logits = torch.tensor([[[0.0, 1.0], [0.0, 0.0], [1.0, 0.0]]])
+    expected = torch.tensor([[1 / (1 + torch.tensor(-1.0).exp()), 0.5, 0.0]])
+    torch.testing.assert_close(teacher_certainty(logits, 0.4), expected)
+
+
+def test_pearson_is_half_the_squared_error_of_standardised_features():
+    student, teacher = torch.randn(3, 4, 5, 6) * 7 + 2, torch.randn(3, 4, 5, 6) * 0.1 - 4
+    teacher = teacher + 0.02 * student
+    own, wanted = (F.batch_norm(maps.double(), None, None, training=True, eps=1e-12) for maps in (student, teacher))
+    loss = pearson_distillation(student, teacher)
+    torch.testing.assert_close(loss, F.mse_loss(own, wanted).float() / 2)
+    of_channels = [
+        torch.corrcoef(torch.stack([maps[:, channel].flatten() for maps in (student, teacher)]))[0, 1]
+        for channel in range(4)
+    ]
+    torch.testing.assert_close(loss, 1 - torch.stack(of_channels).mean())
+
+
+def test_pearson_sees_neither_scale_nor_offset():
+    features = torch.randn(2, 3, 4, 5)
+    scaled = features * torch.tensor([0.1, 2.0, 30.0]).view(3, 1, 1) + torch.tensor([-5.0, 0.0, 9.0]).view(3, 1, 1)
+    assert pearson_distillation(scaled, features).item() == pytest.approx(0, abs=1e-5)
+    assert pearson_distillation(-scaled, features).item() == pytest.approx(2, abs=1e-5)
+
+
+def test_a_constant_channel_is_uncorrelated_and_passes_no_gradient():
+    """As after a ReLU that never opens; the standard deviation's gradient would be infinite."""
+    student, teacher = torch.randn(2, 2, 3, 4), torch.randn(2, 2, 3, 4)
+    student[:, 1] = 0
+    student.requires_grad_()
+    loss = pearson_distillation(student, teacher)
+    loss.backward()
+    torch.testing.assert_close(loss, (pearson_distillation(student[:, :1], teacher[:, :1]) + 1) / 2)
+    assert student.grad[:, 0].any()
+    assert not student.grad[:, 1].any()
+
+
+def test_channel_distillation_against_a_plain_restatement():
+    student, teacher = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    for temperature in (1.0, 4.0):
+        expected = 0.0
+        for own, wanted in zip(student.flatten(0, 1), teacher.flatten(0, 1), strict=True):
+            own, wanted = ((maps / temperature).exp() / (maps / temperature).exp().sum() for maps in (own, wanted))
+            expected = expected + temperature**2 * (wanted * (wanted / own).log()).sum() / 6
+        torch.testing.assert_close(channel_distillation(student, teacher, temperature), expected)
+
+
+def test_features_are_averaged_over_levels():
+    outputs, own, wanted = random_outputs(), random_features(3, 4, 5), random_features(3, 4, 5)
+    settings = DistillationSettings(features=2.0, feature_loss="cwd", temperature=5.0)
+    expected = 2 * sum(channel_distillation(*pair, 5.0) for pair in zip(own, wanted, strict=True)) / 3
+    torch.testing.assert_close(distillation_losses(outputs, outputs, settings, own, wanted)["features"], expected)
 
 
 def test_temperature_against_a_plain_restatement():
@@ -74,6 +197,41 @@ def test_faces_and_false_alarms_count_more_than_background():
     assert min(miss, alarm) > 100 * plain
 
 
-def test_half_precision_is_compared_in_float():
-    outputs = tuple(output.bfloat16() for output in random_outputs())
-    assert distillation_loss(outputs, outputs).total.dtype == torch.float32
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_compared_in_float(dtype):
+    settings = DistillationSettings(features=1.0, box_loss="giou")
+    given = [*random_outputs(), *random_features(3, 4, 5)], [*random_outputs(), *random_features(3, 4, 5)]
+    short = [[values.to(dtype) for values in each] for each in given]
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = distillation_losses(short[0][:3], short[1][:3], settings, short[0][3:], short[1][3:])
+    same = [[values.to(dtype).float() for values in each] for each in given]
+    expected = distillation_losses(same[0][:3], same[1][:3], settings, same[0][3:], same[1][3:])
+    assert losses == expected
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"weight": 1.1},
+        {"confidence": -0.1},
+        {"temperature": 0},
+        {"boxes": -1},
+        {"features": float("nan")},
+        {"box_loss": "iou"},
+        {"feature_loss": "mse"},
+        {"feature_levels": "backbone"},
+        {"teacher_precision": "int8"},
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_bad_settings_are_named(settings):
+    with pytest.raises(InputError, match=f"distillation: {next(iter(settings))} is .*; expected"):
+        DistillationSettings(**settings)
+
+
+def test_something_must_be_taught():
+    parts = {"logits": 0, "boxes": 0, "landmarks": 0}
+    with pytest.raises(InputError, match="are all 0"):
+        DistillationSettings(**parts)
+    assert DistillationSettings(weight=0, **parts).features == 0

@@ -1,26 +1,55 @@
+from copy import deepcopy
+
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 
 from datamodules import WiderFaceDataModule
 from lightning_modules import CompressionModule
-from lightning_modules.compression import DistillationSettings
+from retinaface.compression.distillation import DistillationSettings
+from retinaface.compression.pruning import PruningSettings, apply_plan, make_plan
+from retinaface.compression.quantization import FakeQuantizedRetinaFace
+from retinaface.compression.structure import load_network
 from retinaface.errors import InputError
 
+FEATURES = DistillationSettings(features=1.0)
 
-def fit(module, root, folder, **options):
+
+def fit(module, root, folder, max_epochs=1, ckpt_path=None, enable_checkpointing=False, **options):
     trainer = L.Trainer(
         accelerator="cpu",
-        max_epochs=1,
+        max_epochs=max_epochs,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=enable_checkpointing,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
         **options,
     )
-    trainer.fit(module, datamodule=WiderFaceDataModule(root, train_size=64, batch_size=4, num_workers=0))
+    data = WiderFaceDataModule(root, train_size=64, batch_size=4, num_workers=0)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return trainer
+
+
+class Prune(L.Callback):
+    """Removes channels in ``setup``, as ``callbacks.ChannelPruning`` does."""
+
+    def setup(self, trainer, pl_module, stage):
+        plan = make_plan(pl_module.network, PruningSettings(ratio=0.5, round_to=4))
+        apply_plan(pl_module.network, plan)
+        pl_module.structure.plans.append(plan)
+
+
+class Quantize(L.Callback):
+    """Puts a quantized network in the student's place in ``setup``."""
+
+    def __init__(self, compressed):
+        self.network, self.structure = deepcopy(compressed.int8), deepcopy(compressed.structure)
+
+    def setup(self, trainer, pl_module, stage):
+        pl_module.network, pl_module.structure = self.network.train(), self.structure
 
 
 @pytest.fixture(scope="module")
@@ -55,25 +84,88 @@ def test_mode_of_the_teacher_never_changes(fitted):
 
 def test_losses_of_both_kinds_are_logged(fitted):
     logged = fitted[1].callback_metrics
-    for name in ("train/loss", "train/classes", "distillation/loss", "distillation/classes", "distillation/boxes"):
+    for name in ("train/loss", "train/classes", "distillation/loss", "distillation/logits", "distillation/boxes"):
         assert torch.isfinite(logged[name]), name
+    assert "distillation/features" not in logged  # no weight
     assert "val/ap_all" in logged
 
 
-def test_distillation_has_its_share_of_the_loss(tiny_root, tiny_checkpoint, fitted, monkeypatch):
+@pytest.fixture
+def batch(tiny_root):
+    data = WiderFaceDataModule(tiny_root, train_size=64, batch_size=4, num_workers=0)
+    data.setup("fit")
+    return next(iter(data.train_dataloader()))
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    """What a module logs outside a trainer."""
+    logged = {}
+    monkeypatch.setattr(CompressionModule, "log", lambda _, name, value, **options: logged.update({name: value}))
+    monkeypatch.setattr(CompressionModule, "log_dict", lambda _, values, **options: logged.update(values))
+    return logged
+
+
+def test_distillation_has_its_share_of_the_loss(tiny_checkpoint, batch, logged):
     module = CompressionModule(
         str(tiny_checkpoint), str(tiny_checkpoint), distillation=DistillationSettings(weight=0.25)
     )
-    data = WiderFaceDataModule(tiny_root, train_size=64, batch_size=4, num_workers=0)
-    data.setup("fit")
-    batch = next(iter(data.train_dataloader()))
-    logged = {}
-    monkeypatch.setattr(module, "log_losses", lambda name, losses, size: logged.update({name: losses.total}))
     total = module.training_step(batch, 0)
-    assert logged["distillation"] > 0  # the student's batch norms use the batch, the teacher's do not
-    assert total == 0.25 * logged["distillation"] + 0.75 * logged["train"]
+    assert logged["distillation/loss"] > 0  # the student's batch norms use the batch, the teacher's do not
+    assert total == 0.25 * logged["distillation/loss"] + 0.75 * logged["train/loss"]
+    parts = [logged[f"distillation/{part}"] for part in ("logits", "boxes", "landmarks")]
+    assert logged["distillation/loss"] == sum(parts)
     module.teacher = None
-    assert module.training_step(batch, 0) == logged["train"]
+    assert module.training_step(batch, 0) == logged["train/loss"]
+
+
+def test_a_teacher_without_a_share_is_not_asked(tiny_checkpoint, batch, logged):
+    module = CompressionModule(str(tiny_checkpoint), str(tiny_checkpoint), distillation=DistillationSettings(weight=0))
+    module.teacher.register_forward_pre_hook(lambda *_: pytest.fail("the teacher was asked"))
+    assert module.training_step(batch, 0) == logged["train/loss"]
+    assert not any(name.startswith("distillation/") for name in logged)
+
+
+def test_photos_alone_are_enough(tiny_checkpoint, batch, logged):
+    """At a weight of 1 the labels are not looked at, and every parameter learns."""
+    module = CompressionModule(str(tiny_checkpoint), str(tiny_checkpoint), distillation=DistillationSettings(weight=1))
+    loss = module.training_step({"images": batch["images"]}, 0)
+    loss.backward()
+    assert loss == logged["distillation/loss"]
+    assert not any(name.startswith("train/") for name in logged)
+    assert all(parameter.grad.isfinite().all() for parameter in module.student.parameters())
+    assert all(parameter.grad is None for parameter in module.teacher.parameters())
+
+
+def test_the_teacher_is_asked_once_a_batch(tiny_checkpoint, batch, logged):
+    module = CompressionModule(str(tiny_checkpoint), str(tiny_checkpoint))
+    asked = []
+    module.teacher.register_forward_hook(lambda _, images, outputs: asked.append(outputs))
+    module.training_step(batch, 0)
+    ((logits, *_),) = asked
+    assert not logits.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("precision", "around", "expected"),
+    [
+        (None, False, torch.float32),
+        (None, True, torch.bfloat16),
+        ("bfloat16", False, torch.bfloat16),
+        ("float32", True, torch.float32),
+    ],
+)
+def test_precision_of_the_teacher(tiny_checkpoint, batch, logged, precision, around, expected):
+    settings = DistillationSettings(teacher_precision=precision)
+    module = CompressionModule(str(tiny_checkpoint), str(tiny_checkpoint), distillation=settings)
+    found = {}
+    for network in ("student", "teacher"):
+        getattr(module, network).register_forward_hook(lambda _, i, outputs, n=network: found.update({n: outputs[0]}))
+    with torch.autocast("cpu", torch.bfloat16, enabled=around):
+        loss = module.training_step(batch, 0)
+    assert found["teacher"].dtype == expected
+    assert found["student"].dtype == (torch.bfloat16 if around else torch.float32)
+    assert loss.dtype == torch.float32
 
 
 def test_teacher_is_not_in_the_checkpoint(fitted):
@@ -127,7 +219,123 @@ def test_activation_changes_and_weights_stay(tiny_checkpoint):
     assert all(torch.equal(value, start[f"network.{name}"]) for name, value in module.student.state_dict().items())
 
 
-@pytest.mark.parametrize("settings", [{"weight": 1.1}, {"temperature": 0}], ids=lambda value: next(iter(value)))
-def test_bad_distillation_settings_are_named(settings):
-    with pytest.raises(InputError, match=next(iter(settings))):
-        DistillationSettings(**settings)
+@pytest.fixture(scope="module")
+def pruned(tiny_root, tiny_checkpoint, tmp_path_factory):
+    """A module pruned when its fit of two epochs began, with features distilled, and its folder of checkpoints."""
+    folder = tmp_path_factory.mktemp("features")
+    return fit_pruned(tiny_root, tiny_checkpoint, folder), folder
+
+
+def fit_pruned(root, checkpoint, folder, ckpt_path=None, **settings):
+    torch.manual_seed(4)
+    distillation = DistillationSettings(**{"features": 1.0} | settings)
+    module = CompressionModule(str(checkpoint), str(checkpoint), distillation=distillation)
+    save = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
+    fit(
+        module,
+        root,
+        folder,
+        max_epochs=2,
+        ckpt_path=ckpt_path,
+        enable_checkpointing=True,
+        callbacks=[Prune(), save],
+    )
+    return module
+
+
+def test_adapters_of_a_pruned_student_are_trained(pruned):
+    module, folder = pruned
+    assert [(a.in_channels, a.out_channels) for a in module.adapters] == [(8, 16)] * 3
+    assert torch.isfinite(module.trainer.callback_metrics["distillation/features"])
+    trained = {id(parameter) for group in module.trainer.optimizers[0].param_groups for parameter in group["params"]}
+    assert trained == {id(p) for part in (module.student, module.adapters) for p in part.parameters()}
+    first, second = (torch.load(folder / f"epoch={n}.ckpt", weights_only=True)["state_dict"] for n in range(2))
+    assert not [key for key, p in module.named_parameters() if p.requires_grad and torch.equal(first[key], second[key])]
+
+
+def test_adapters_are_in_the_checkpoint_but_no_part_of_the_student(pruned):
+    module, folder = pruned
+    weights = torch.load(folder / "epoch=1.ckpt", weights_only=True)["state_dict"]
+    adapters = {key.removeprefix("adapters."): value for key, value in weights.items() if "adapters." in key}
+    assert all(torch.equal(adapters[key], value) for key, value in module.adapters.state_dict().items())
+    assert {key.split(".")[0] for key in weights} == {"network", "adapters"}
+    network, structure = load_network(folder / "epoch=1.ckpt")
+    assert structure.plans == module.structure.plans
+    for checkpoint_of in (None, "teacher"):
+        again = CompressionModule.load_from_checkpoint(
+            folder / "epoch=1.ckpt",
+            map_location="cpu",
+            **({} if checkpoint_of is None else {"teacher": str(folder / "epoch=0.ckpt"), "distillation": FEATURES}),
+        )
+        assert not again.adapters
+        for loaded in (network, again.student):
+            assert all(torch.equal(value, weights[f"network.{key}"]) for key, value in loaded.state_dict().items())
+
+
+def test_unknown_weights_beside_adapters_are_still_refused(pruned, tmp_path):
+    content = torch.load(pruned[1] / "epoch=1.ckpt", weights_only=True)
+    content["state_dict"]["adapter.0.weight"] = torch.zeros(1)
+    torch.save(content, tmp_path / "surplus.ckpt")
+    with pytest.raises(RuntimeError, match=r"adapter\.0\.weight"):
+        CompressionModule.load_from_checkpoint(tmp_path / "surplus.ckpt", map_location="cpu")
+
+
+def test_a_resumed_fit_ends_like_an_uninterrupted_one(pruned, tiny_root, tiny_checkpoint, tmp_path):
+    module, folder = pruned
+    resumed = fit_pruned(tiny_root, tiny_checkpoint, tmp_path, ckpt_path=folder / "epoch=0.ckpt")
+    for part in ("student", "adapters"):
+        expected = getattr(module, part).state_dict()
+        assert all(torch.equal(value, expected[key]) for key, value in getattr(resumed, part).state_dict().items())
+
+
+def test_a_fit_goes_on_only_with_its_own_adapters(pruned, tiny_root, tiny_checkpoint, tmp_path):
+    path = pruned[1] / "epoch=0.ckpt"
+    with pytest.raises(InputError, match=r"epoch=0.ckpt: was trained with another distillation of features"):
+        fit_pruned(tiny_root, tiny_checkpoint, tmp_path, ckpt_path=path, features=0.0)
+
+
+def test_features_of_a_quantized_student(compressed, save_checkpoint, tiny_root, tmp_path):
+    original = save_checkpoint(compressed.original, tmp_path / "original.ckpt")
+    settings = DistillationSettings(weight=1, features=1.0, feature_loss="cwd", feature_levels="ssh")
+    module = CompressionModule(str(original), str(original), distillation=settings)
+    trainer = fit(module, tiny_root, tmp_path, callbacks=[Quantize(compressed)], limit_val_batches=0)
+    assert isinstance(module.student, FakeQuantizedRetinaFace)
+    assert [type(adapter) for adapter in module.adapters] == [nn.Conv2d] * 3
+    assert all(parameter.grad.abs().sum() > 0 for parameter in module.adapters.parameters())
+    assert trainer.callback_metrics["distillation/features"] > 0
+
+
+def test_equal_widths_need_no_adapters(tiny_root, tiny_checkpoint, tmp_path):
+    module = CompressionModule(str(tiny_checkpoint), str(tiny_checkpoint), distillation=FEATURES)
+    trainer = fit(module, tiny_root, tmp_path, limit_val_batches=0, fast_dev_run=True)
+    assert not list(module.adapters.parameters())
+    assert trainer.callback_metrics["distillation/features"] > 0
+
+
+def test_the_teacher_is_compiled_for_any_size(tiny_root, tiny_checkpoint, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda network, **options: compiled.append((network, options)))
+    settings = DistillationSettings(compile_teacher=True)
+    module = CompressionModule(str(tiny_checkpoint), str(tiny_checkpoint), distillation=settings)
+    fit(module, tiny_root, tmp_path, fast_dev_run=True)
+    assert compiled == [(module.teacher, {"dynamic": True})]
+
+
+@pytest.mark.slow
+def test_a_compiled_teacher_says_the_same(tiny_root, tiny_checkpoint, tmp_path, monkeypatch):
+    """Its features are recorded too, and its weights keep their names; with a backend that only traces."""
+
+    def trace(network, **options):
+        network._compiled_call_impl = torch.compile(network._call_impl, backend="eager", **options)
+
+    monkeypatch.setattr(nn.Module, "compile", trace)
+    totals = []
+    for compiles in (False, True):
+        settings = DistillationSettings(features=1.0, compile_teacher=compiles)
+        module = CompressionModule(str(tiny_checkpoint), str(tiny_checkpoint), distillation=settings)
+        names = list(module.state_dict())
+        trainer = fit(module, tiny_root, tmp_path, limit_val_batches=0)
+        totals.append(trainer.callback_metrics["distillation/loss"])
+        assert list(module.state_dict()) == names
+    assert (module.teacher._compiled_call_impl is None) is not compiles
+    assert totals[0] == totals[1]
