@@ -19,6 +19,11 @@ class SizedIterable(Protocol[_Item]):
 
 
 def with_progress(items: SizedIterable[_T], description: str) -> Iterable[_T]:
-    """Iterates with a progress bar on standard error, where that is a terminal; the bar goes when all is done."""
+    """Iterates with a progress bar on standard error, where that is a terminal; the bar goes when all is done.
+
+    A length of 0 means that it is not known.
+    """
     console = Console(stderr=True)
-    return track(items, description, total=len(items), console=console, transient=True, disable=not console.is_terminal)
+    return track(
+        items, description, total=len(items) or None, console=console, transient=True, disable=not console.is_terminal
+    )

@@ -202,4 +202,4 @@ def quick_export(onnx_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -
     model = onnx.load(onnx_files["float"])
     del model.metadata_props[:]
     content = model.SerializeToString()
-    monkeypatch.setattr("retinaface.delivery.export._to_onnx", lambda graph: onnx.ModelProto.FromString(content))
+    monkeypatch.setattr("retinaface.delivery.export._to_onnx", lambda form: onnx.ModelProto.FromString(content))

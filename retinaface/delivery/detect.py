@@ -1,11 +1,14 @@
-"""Finds faces in photos: annotated pictures and a JSON file out."""
+"""Finds faces in photos, videos and what a camera sees: annotated copies, a JSON file and a CSV file out."""
 
+import csv
+import io
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
-from itertools import chain, count
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import chain, count, groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -13,36 +16,70 @@ from numpy.typing import NDArray
 
 from retinaface.data.annotations import read_image
 from retinaface.delivery.runtime import Detector
+from retinaface.delivery.sources import Source, Video, is_photo, open_video
 from retinaface.errors import InputError
 from retinaface.model.postprocess import Detections
 from retinaface.progress import with_progress
 
 Draw = Callable[[NDArray[np.uint8], NDArray[Any], NDArray[Any], NDArray[Any]], NDArray[np.uint8]]
+# The faces in a picture, and a copy of it with them drawn on it.
+Find = Callable[[NDArray[np.uint8]], tuple[Detections, NDArray[np.uint8]]]
+
+_LANDMARKS = ("left_eye", "right_eye", "nose", "left_mouth", "right_mouth")
+_CSV_HEADER = (
+    "source",
+    "frame",
+    "x1",
+    "y1",
+    "x2",
+    "y2",
+    "score",
+    *(f"{name}_{axis}" for name in _LANDMARKS for axis in "xy"),
+)
+
+
+class VideoDetections(NamedTuple):
+    """The faces found in a video.
+
+    Attributes:
+        frames_per_second: Of the video.
+        frames: What was found in each frame, in order.
+    """
+
+    frames_per_second: float
+    frames: list[Detections]
+
+
+Found = dict[str, Detections | VideoDetections]
 
 
 def detect_files(
     detector: Detector,
-    images: Sequence[Path],
+    sources: Sequence[Source],
     out: Path,
     draw: Draw,
     score_threshold: float = 0.5,
     nms_threshold: float = 0.4,
-) -> tuple[dict[str, Detections], list[str]]:
-    """Detects faces in photos and writes annotated copies and ``detections.json``.
+    frames: int | None = None,
+) -> tuple[Found, list[str]]:
+    """Detects faces and writes annotated copies, ``detections.json`` and ``detections.csv``.
 
-    The JSON is an object from image path, as given, to ``{"boxes": [[x1, y1, x2, y2]], "scores": [], "landmarks":
-    [[[x, y] x 5]]}`` in pixels.
+    The JSON is an object from source, as given, to ``{"boxes": [[x1, y1, x2, y2]], "scores": [], "landmarks": [[[x, y]
+    x 5]]}`` in pixels; for a video to ``{"frames_per_second": ..., "frames": [...]}`` with such an object per frame.
+    The CSV has a row per face: source, number of the frame from 0 (empty for photos), box, score and landmarks. Copies
+    of videos are MP4 files (MPEG-4, without sound). Each file appears only when it is complete.
 
     Args:
         detector: What finds them.
-        images: Photos.
+        sources: Photos, videos and numbers of cameras. A camera is looked at until ``frames`` or Ctrl-C.
         out: Folder to write to; made if need be.
         draw: Draws boxes ``(N, 4)``, scores ``(N,)`` and landmarks ``(N, 5, 2)`` on a copy of a picture.
         score_threshold: Faces with a lower score are dropped.
         nms_threshold: Of two boxes with a higher IoU the lower-scored one is dropped.
+        frames: Of a video or camera, at most.
 
     Returns:
-        Detections by image path, and a message for each photo that could not be read and was skipped.
+        Detections by source, and a message for each that could not be read, or not to its end.
 
     Raises:
         InputError: The folder cannot be written to.
@@ -51,45 +88,122 @@ def detect_files(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out}: cannot be made a folder ({error.strerror}); choose another --out") from error
-    found: dict[str, Detections] = {}
-    unreadable = []
-    images = list(dict.fromkeys(images))
-    names = Counter(path.name for path in images)
-    # The photos themselves must not be overwritten, where --out is their own folder.
-    taken = {path.name.lower() for path in images if path.resolve().parent == out.resolve()}
-    for path in with_progress(images, "detecting"):
-        try:
-            image = read_image(path)
-        except InputError as error:
-            unreadable.append(str(error))
-            continue
-        faces = detector.detect(image, score_threshold, nms_threshold)
-        found[str(path)] = faces
-        picture = draw(image, faces.boxes.numpy(), faces.scores.numpy(), faces.landmarks.numpy())
-        copy = out / _copy_name(path, names[path.name] > 1, taken)
-        if not cv2.imwrite(str(copy), picture):
-            raise InputError(f"{copy}: cannot be written; choose another --out")
-    content = {path: {key: value.tolist() for key, value in faces._asdict().items()} for path, faces in found.items()}
-    try:
-        (out / "detections.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"{out / 'detections.json'}: cannot be written ({error.strerror}); choose another --out"
-        ) from error
+    found: Found = {}
+    unreadable: list[str] = []
+    sources = list(dict.fromkeys(sources))
+    copies = _copies(sources, out)
+
+    def find(picture: NDArray[np.uint8]) -> tuple[Detections, NDArray[np.uint8]]:
+        faces = detector.detect(picture, score_threshold, nms_threshold)
+        return faces, draw(picture, faces.boxes.numpy(), faces.scores.numpy(), faces.landmarks.numpy())
+
+    for photos, group in groupby(sources, is_photo):
+        # A bar for the photos up to the next video, and one for its frames.
+        for source in with_progress(list(group), "detecting") if photos else group:
+            try:
+                opened = read_image(str(source)) if photos else open_video(source, frames)
+            except InputError as error:
+                unreadable.append(str(error))
+                continue
+            if isinstance(opened, Video):
+                in_video = _detect_video(find, opened, copies[source])
+                if in_video.frames:
+                    found[str(source)] = in_video
+                if opened.lacks(len(in_video.frames)):
+                    unreadable.append(f"{source}: ends after {len(in_video.frames)} of {opened.count} frames")
+            else:
+                found[str(source)], picture = find(opened)
+                with _complete(copies[source]) as part:
+                    part.write_bytes(cv2.imencode(part.suffix, picture)[1].tobytes())
+    with _complete(out / "detections.json") as part:
+        part.write_text(json.dumps({source: _plain(each) for source, each in found.items()}, indent=1) + "\n", "utf-8")
+    with _complete(out / "detections.csv") as part:
+        part.write_text(_as_csv(found), "utf-8", newline="")
     return found, unreadable
 
 
-def _copy_name(path: Path, shared: bool, taken: set[str]) -> str:
-    """Name of the annotated copy: the photo's own, with folder and number where it takes them to be its own.
+def _detect_video(find: Find, video: Video, copy: Path) -> VideoDetections:
+    found: list[Detections] = []
+    writer = None
+    with _complete(copy) as part:
+        try:
+            for frame in with_progress(video, f"detecting in {video.source}"):
+                faces, picture = find(frame)
+                if writer is None:
+                    size = (picture.shape[1], picture.shape[0])
+                    writer = cv2.VideoWriter(str(part), cv2.VideoWriter.fourcc(*"mp4v"), video.fps, size)
+                    if not writer.isOpened():
+                        raise InputError(f"{copy}: cannot be written as a video; choose another --out")
+                writer.write(picture)
+                found.append(faces)
+        except KeyboardInterrupt:  # the way to stop a camera
+            if not isinstance(video.source, int):
+                raise
+        finally:
+            if writer is not None:
+                writer.release()
+    return VideoDetections(video.fps, found)
+
+
+def _plain(found: Detections | VideoDetections) -> dict[str, Any]:
+    if isinstance(found, VideoDetections):
+        return {"frames_per_second": found.frames_per_second, "frames": [_plain(faces) for faces in found.frames]}
+    return {key: value.tolist() for key, value in found._asdict().items()}
+
+
+def _as_csv(found: Found) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(_CSV_HEADER)
+    for source, each in found.items():
+        frames = enumerate(each.frames) if isinstance(each, VideoDetections) else [("", each)]
+        for number, faces in frames:
+            for box, score, points in zip(*(values.tolist() for values in faces), strict=True):
+                pixels = [f"{value:.2f}" for value in (*box, *chain(*points))]
+                writer.writerow([source, number, *pixels[:4], f"{score:.4f}", *pixels[4:]])
+    return text.getvalue()
+
+
+@contextmanager
+def _complete(path: Path) -> Iterator[Path]:
+    """Gives a file to write to, which becomes the one that is meant when it is complete; if there is one."""
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        yield part
+        if part.exists():
+            part.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def _copies(sources: Sequence[Source], out: Path) -> dict[Source, Path]:
+    """Where the annotated copy of each source goes."""
+    files = [source for source in sources if isinstance(source, Path)]
+    names = Counter(path.name for path in files)
+    # The photos themselves must not be overwritten, where --out is their own folder.
+    taken = {path.name.lower() for path in files if path.resolve().parent == out.resolve()}
+    copies = {}
+    for source in sources:
+        path = source if isinstance(source, Path) else Path(f"camera_{source}")
+        suffix = (path.suffix if cv2.haveImageWriter(path.name) else ".png") if is_photo(source) else ".mp4"
+        copies[source] = out / _copy_name(path, suffix, names[path.name] > 1, taken)
+    return copies
+
+
+def _copy_name(path: Path, suffix: str, shared: bool, taken: set[str]) -> str:
+    """Name of the annotated copy: the source's own, with folder and number where it takes them to be its own.
 
     Args:
-        path: The photo.
-        shared: Whether another photo has the same name.
+        path: The source.
+        suffix: Of the copy.
+        shared: Whether another source has the same name.
         taken: Names in use, in lower case since not every file system tells ``A.jpg`` from ``a.jpg``; the new one is
             added.
     """
     stem = f"{path.absolute().parent.name}_{path.stem}" if shared else path.stem
-    suffix = path.suffix if cv2.haveImageWriter(path.name) else ".png"
     names = (f"{stem}{number}{suffix}" for number in chain([""], (f"_{n}" for n in count(2))))
     name = next(name for name in names if name.lower() not in taken)
     taken.add(name.lower())

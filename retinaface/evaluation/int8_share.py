@@ -4,7 +4,6 @@ A file only says where numbers are rounded. What becomes of it is the runtime's 
 an INT8 kernel, compute in float between a dequantize and a quantize, or round weights that the file has in float.
 """
 
-import importlib
 import re
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Literal
 import onnx
 from onnx import NodeProto
 
-from retinaface.delivery.session import open_session
+from retinaface.delivery.session import compile_for_openvino, open_session
 from retinaface.errors import InputError
 
 RuntimeName = Literal["onnxruntime", "openvino"]
@@ -95,16 +94,8 @@ def _executed_by_onnxruntime(path: Path) -> list[_Executed]:
 
 
 def _executed_by_openvino(path: Path) -> list[_Executed]:
-    try:
-        openvino = importlib.import_module("openvino")
-    except ImportError as error:
-        raise InputError(f"{path}: OpenVINO is not installed; run `pip install openvino`") from error
-    try:
-        compiled = openvino.Core().compile_model(path, "CPU")
-    except RuntimeError as error:
-        raise InputError(f"{path}: OpenVINO cannot load it ({str(error).splitlines()[0][:160]})") from error
     executed = []
-    for operation in compiled.get_runtime_model().get_ops():
+    for operation in compile_for_openvino(path).get_runtime_model().get_ops():
         facts = {name: value.astype(str) for name, value in operation.get_rt_info().items()}
         if facts["layerType"] == "Convolution":
             sources = frozenset(facts["originalLayersNames"].split(","))

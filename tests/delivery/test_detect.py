@@ -1,4 +1,6 @@
+import csv
 import json
+from itertools import repeat
 
 import cv2
 import numpy as np
@@ -49,7 +51,7 @@ def test_json_and_annotated_copies(detector, tmp_path):
         np.testing.assert_allclose(faces["boxes"], found[path].boxes.numpy(), rtol=1e-6)
         copy = cv2.imread(str(out / path.rsplit("/", 1)[1]))
         np.testing.assert_array_equal(copy, 255 - cv2.imread(path))
-    assert {path.name for path in out.iterdir()} == {"a.png", "b.png", "detections.json"}
+    assert {path.name for path in out.iterdir()} == {"a.png", "b.png", "detections.json", "detections.csv"}
 
 
 def test_no_faces_give_empty_lists(detector, tmp_path):
@@ -71,7 +73,7 @@ def test_unreadable_photos_are_named_and_skipped(detector, tmp_path):
     assert list(found) == [str(good)]
     assert len(unreadable) == 3
     assert all(name in message for name, message in zip(("truncated", "text", "absent"), unreadable, strict=True))
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"good.jpg", "detections.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"good.jpg", "detections.json", "detections.csv"}
 
 
 def test_photos_of_the_same_name_do_not_overwrite_each_other(detector, tmp_path):
@@ -109,4 +111,187 @@ def test_the_photos_themselves_are_left_alone_in_their_own_folder(detector, tmp_
     before = [photo.read_bytes() for photo in photos]
     detect_files(detector, photos, tmp_path, draw)
     assert [photo.read_bytes() for photo in photos] == before
-    assert {path.name for path in tmp_path.iterdir()} == {"a.png", "a_2.png", "a_3.png", "a_2_2.png", "detections.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "a.png",
+        "a_2.png",
+        "a_3.png",
+        "a_2_2.png",
+        "detections.json",
+        "detections.csv",
+    }
+
+
+def test_csv_has_a_row_per_face(detector, tmp_path):
+    photos = [write_photo(tmp_path / "a, b.png", 1), write_photo(tmp_path / "c.png", 2)]
+    found, _ = detect_files(detector, photos, tmp_path / "out", draw, score_threshold=0.3)
+    with (tmp_path / "out" / "detections.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["source"] for row in rows] == [path for path, faces in found.items() for _ in faces.scores]
+    assert {row["frame"] for row in rows} == {""}
+    faces = found[str(photos[0])]
+    first = {name: float(value) for name, value in rows[0].items() if name not in ("source", "frame")}
+    names = ["left_eye", "right_eye", "nose", "left_mouth", "right_mouth"]
+    assert list(first) == ["x1", "y1", "x2", "y2", "score", *(f"{name}_{axis}" for name in names for axis in "xy")]
+    np.testing.assert_allclose([first[name] for name in ("x1", "y1", "x2", "y2")], faces.boxes[0], atol=0.006)
+    np.testing.assert_allclose(list(first.values())[5:], faces.landmarks[0].flatten(), atol=0.006)
+    assert first["score"] == pytest.approx(float(faces.scores[0]), abs=6e-5)
+
+
+def test_what_was_there_stays_whole_where_a_run_stops(detector, tmp_path):
+    photo, video = write_photo(tmp_path / "a.png"), write_video(tmp_path / "b.avi")
+    out = tmp_path / "out"
+    detect_files(detector, [photo, video], out, draw)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    drawn = iter([photo, video, None])
+
+    def fail(image, *faces):
+        if next(drawn) is None:
+            raise MemoryError
+        return image
+
+    with pytest.raises(MemoryError):
+        detect_files(detector, [photo, video], out, fail)
+    before["a.png"] = photo.read_bytes()
+    assert set(before) == {path.name for path in out.iterdir()}
+    assert all((out / name).read_bytes() == content for name, content in before.items() if name != "a.png")
+
+
+# Videos and cameras
+
+
+def frames_of(count, size=(64, 96)):
+    """Frames of one colour, each brighter than the one before."""
+    return [np.full((*size, 3), min(20 * number, 255), np.uint8) for number in range(count)]
+
+
+def write_video(path, count=8, codec="MJPG", fps=12.5):
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*codec), fps, (96, 64))
+    for frame in frames_of(count):
+        writer.write(frame)
+    writer.release()
+    return path
+
+
+def read_video(path):
+    capture = cv2.VideoCapture(str(path))
+    frames = [frame for there, frame in (capture.read() for _ in range(100)) if there]
+    return frames, capture.get(cv2.CAP_PROP_FPS)
+
+
+@pytest.mark.parametrize(("limit", "count"), [(None, 8), (3, 3), (20, 8)])
+def test_video(detector, tmp_path, limit, count):
+    video, photo = write_video(tmp_path / "film.avi"), write_photo(tmp_path / "a.png")
+    out = tmp_path / "out"
+    found, unreadable = detect_files(detector, [photo, video, photo], out, draw, 0.3, frames=limit)
+    assert unreadable == []
+    content = json.loads((out / "detections.json").read_text())
+    assert list(content) == [str(photo), str(video)]
+    assert set(content[str(photo)]) == {"boxes", "scores", "landmarks"}
+    in_video = content[str(video)]
+    assert in_video["frames_per_second"] == found[str(video)].frames_per_second == 12.5
+    assert len(in_video["frames"]) == count
+    alone = detector.detect(read_video(video)[0][2], 0.3)
+    assert len(alone.scores) > 0
+    np.testing.assert_allclose(in_video["frames"][2]["boxes"], alone.boxes, rtol=1e-5)
+    frames, fps = read_video(out / "film.mp4")
+    assert (len(frames), fps) == (count, 12.5)
+    for copy, frame in zip(frames, frames_of(count), strict=True):
+        assert abs(float(copy.mean()) - (255 - float(frame.mean()))) < 4
+    with (out / "detections.csv").open(newline="") as file:
+        numbers = [row["frame"] for row in csv.DictReader(file) if row["source"] == str(video)]
+    assert numbers == [str(number) for number, each in enumerate(in_video["frames"]) for _ in each["scores"]]
+    assert {path.name for path in out.iterdir()} == {"a.png", "film.mp4", "detections.json", "detections.csv"}
+
+
+def test_videos_that_cannot_be_read_or_not_to_their_end(detector, tmp_path):
+    cut = write_video(tmp_path / "cut.avi", 60)
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    text = tmp_path / "text.mp4"
+    text.write_text("hello")
+    found, unreadable = detect_files(detector, [text, tmp_path / "absent.mov", cut], tmp_path / "out", draw)
+    assert [name in message for name, message in zip(("text", "absent", "cut"), unreadable, strict=True)] == [True] * 3
+    count = len(found[str(cut)].frames)
+    assert 10 < count < 50
+    assert f"ends after {count} of 60 frames" in unreadable[2]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"cut.mp4", "detections.json", "detections.csv"}
+
+
+def test_videos_of_the_same_name_do_not_overwrite_each_other(detector, tmp_path):
+    (tmp_path / "x").mkdir()
+    videos = [write_video(tmp_path / name) for name in ("a.avi", "x/a.avi", "a.mp4", "a_2.mp4")]
+    before = [video.read_bytes() for video in videos]
+    detect_files(detector, videos, tmp_path, draw, frames=1)
+    assert [video.read_bytes() for video in videos] == before
+    copies = {f"{tmp_path.name}_a.mp4", "x_a.mp4", "a_3.mp4", "a_2_2.mp4"}
+    assert {path.name for path in tmp_path.glob("*.mp4")} == {"a.mp4", "a_2.mp4", *copies}
+
+
+class FakeCamera:
+    """Gives what it is told to; an exception is raised, None is the end."""
+
+    def __init__(self, given):
+        self.given = iter(given)
+        self.released = False
+
+    def isOpened(self):
+        return not self.released
+
+    def get(self, _):
+        return 0.0
+
+    def read(self):
+        frame = next(self.given)
+        if isinstance(frame, type):
+            raise frame
+        return frame is not None, frame
+
+    def release(self):
+        self.released = True
+
+
+@pytest.mark.parametrize(
+    ("given", "limit", "count", "messages"),
+    [
+        (repeat(frames_of(2)[1]), 5, 5, []),
+        ([*frames_of(3), KeyboardInterrupt], None, 3, []),
+        ([*frames_of(3), None], None, 3, []),
+        ([*frames_of(3), None], 4, 3, ["1: ends after 3 of 4 frames"]),
+        ([None], 2, 0, ["1: ends after 0 of 2 frames"]),
+    ],
+    ids=["limit", "interrupted", "unplugged", "unplugged too early", "nothing"],
+)
+def test_camera(detector, tmp_path, monkeypatch, given, limit, count, messages):
+    camera = FakeCamera(given)
+    monkeypatch.setattr(cv2, "VideoCapture", lambda number: {1: camera}[number])
+    found, unreadable = detect_files(detector, [1], tmp_path / "out", draw, frames=limit)
+    assert unreadable == messages
+    assert camera.released
+    assert len(found["1"].frames if found else []) == count
+    monkeypatch.undo()
+    content = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {source: len(each["frames"]) for source, each in content.items()} == ({"1": count} if count else {})
+    if count:
+        assert len(read_video(tmp_path / "out" / "camera_1.mp4")[0]) == count
+
+
+def test_a_camera_that_is_not_there(detector, tmp_path, monkeypatch):
+    camera = FakeCamera([])
+    camera.release()
+    monkeypatch.setattr(cv2, "VideoCapture", lambda _: camera)
+    assert detect_files(detector, [7], tmp_path / "out", draw)[1] == [
+        "camera 7: cannot be opened; check that it is connected and not in use"
+    ]
+
+
+def test_a_video_that_cannot_be_written(detector, tmp_path):
+    (tmp_path / "out" / ".a.part.mp4").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"a.mp4: cannot be written"):
+        detect_files(detector, [write_video(tmp_path / "a.avi")], tmp_path / "out", draw)
+
+
+def test_ctrl_c_stops_everything_but_a_camera(detector, tmp_path, monkeypatch):
+    video = write_video(tmp_path / "a.avi")
+    monkeypatch.setattr(cv2, "VideoCapture", lambda _: FakeCamera([*frames_of(2), KeyboardInterrupt]))
+    with pytest.raises(KeyboardInterrupt):
+        detect_files(detector, [video], tmp_path / "out", draw)
+    assert list((tmp_path / "out").iterdir()) == []

@@ -1,17 +1,27 @@
 import dataclasses
+import importlib.util
 import json
+import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, helper
 
 from retinaface.delivery.export import METADATA_KEY
-from retinaface.delivery.runtime import load_detector
+from retinaface.delivery.runtime import Detector, TorchRuntime, load_detector
 from retinaface.errors import InputError
-from retinaface.model.network import normalize
+from retinaface.model.anchors import make_anchors
+from retinaface.model.network import NetworkConfig, normalize
+
+needs_openvino = pytest.mark.skipif(
+    not importlib.util.find_spec("openvino"), reason="OpenVINO is optional: pip install openvino"
+)
 
 
 def picture(height, width, seed=0):
@@ -129,3 +139,183 @@ def test_files_that_are_no_detector(tmp_path, name, write, message):
         load_detector(tmp_path / name)
     assert name in str(error.value)
     assert "\n" not in str(error.value)
+
+
+# Several pictures
+
+
+@pytest.fixture(params=["float", "int8", "float.onnx", pytest.param("openvino", marks=needs_openvino)])
+def detector(request, detectors, onnx_files):
+    """One of each runtime, and of simulated INT8."""
+    if request.param == "openvino":
+        return load_detector(onnx_files["float"], 1, runtime="openvino")
+    return detectors[request.param]
+
+
+def assert_same(found, wanted):
+    """Sums in another order differ in the last bits."""
+    assert len(found) == len(wanted)
+    for ours, theirs in zip(found, wanted, strict=True):
+        for name, value, reference in zip(ours._fields, ours, theirs, strict=True):
+            torch.testing.assert_close(value, reference, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: name + text)
+
+
+def test_several_pictures_of_one_size_give_what_they_give_one_by_one(detector):
+    pictures = [picture(70, 100, seed) for seed in range(3)]
+    found = detector.detect_batch(pictures, 0.3)
+    assert_same(found, [detector.detect(each, 0.3) for each in pictures])
+    assert len({len(faces.scores) for faces in found}) > 1
+    assert detector.detect_batch([]) == []
+
+
+def test_callers_at_once_get_what_they_get_one_after_the_other(detector):
+    pictures = [picture(60 + seed, 200 - 10 * seed, seed) for seed in range(12)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda each: detector.detect(each, 0.3), pictures))
+    assert_same(found, [detector.detect(each, 0.3) for each in pictures])
+    assert all(len(faces.scores) for faces in found)
+
+
+def test_a_network_runs_once_before_several_callers_can(tiny_network):
+    """A fake-quantized one changes itself in its first run, see ``FakeQuantizedRetinaFace``."""
+    runs = []
+    tiny_network.register_forward_hook(lambda *_: runs.append(threading.current_thread()))
+    TorchRuntime(tiny_network, torch.device("cpu"))
+    assert runs == [threading.current_thread()]
+
+
+def finds_every_anchor(images):
+    """Outputs with a face where every anchor is, of a score of its own."""
+    count = len(make_anchors(*images.shape[2:], NetworkConfig().anchor_sizes, NetworkConfig().strides))
+    logits = torch.zeros(len(images), count, 2)
+    logits[..., 1] = torch.arange(count) / count
+    return logits, torch.zeros(len(images), count, 4), torch.zeros(len(images), count, 10)
+
+
+def test_pictures_of_several_sizes_have_the_anchors_and_pixels_that_they_have_alone():
+    detector = Detector(NetworkConfig(), finds_every_anchor, "torch")
+    pictures = [picture(70, 130), picture(100, 90), picture(30, 40)]
+    found = detector.detect_batch(pictures, 0.4, nms_threshold=1.0)
+    for faces, image in zip(found, pictures, strict=True):
+        alone = detector.detect(image, 0.4, nms_threshold=1.0)
+        assert len(alone.boxes) > 50
+        for ours, theirs in ((faces.boxes, alone.boxes), (faces.landmarks[:, 0], alone.landmarks[:, 0])):
+            rows, wanted = (sorted(map(tuple, (each * 100).round().int().tolist())) for each in (ours, theirs))
+            np.testing.assert_allclose(rows, wanted, atol=1)  # hundredths of a pixel
+
+
+def test_a_file_of_a_fixed_size(onnx_files, tmp_path):
+    model = onnx.load(onnx_files["float"])
+    for dimension, value in zip(model.graph.input[0].type.tensor_type.shape.dim, (2, 3, 96, 128), strict=True):
+        dimension.dim_value = value
+    onnx.save(model, tmp_path / "fixed.onnx")
+    fixed, free = load_detector(tmp_path / "fixed.onnx"), load_detector(onnx_files["float"])
+    assert (fixed.batch, fixed.size) == (2, (96, 128))
+    assert (free.batch, free.size) == (None, None)
+    pictures = [picture(96, 128, seed) for seed in range(3)]
+    assert_same(fixed.detect_batch(pictures, 0.3), free.detect_batch(pictures, 0.3))
+    assert_same([fixed.detect(pictures[0], 0.3)], [free.detect(pictures[0], 0.3)])
+    large = np.repeat(np.repeat(pictures[0], 3, axis=0), 3, axis=1)  # shrinks to what it was
+    (found,), wanted = fixed.detect_batch([large], 0.3), free.detect(pictures[0], 0.3)
+    torch.testing.assert_close(found.scores, wanted.scores, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.boxes, wanted.boxes * 3, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(found.landmarks, wanted.landmarks * 3, rtol=1e-3, atol=1e-2)
+
+
+# Runtimes
+
+
+@needs_openvino
+def test_openvino_computes_what_onnxruntime_does(detectors, onnx_files):
+    detector = load_detector(onnx_files["float"], 1, runtime="openvino")
+    assert detector.runtime == "openvino"
+    images = normalize(torch.from_numpy(picture(96, 128)).permute(2, 0, 1)[None])
+    for ours, theirs in zip(detector.run(images), detectors["float.onnx"].run(images), strict=True):
+        # On some CPUs it computes in bfloat16, which has 8 bits; layers add up.
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05 * float(theirs.std()))
+
+
+def test_providers_go_by_any_of_their_names(onnx_files):
+    for names in (["CPU"], ["cpuexecutionprovider"], ["CPUExecutionProvider"]):
+        assert load_detector(onnx_files["float"], providers=names).runtime == "onnxruntime"
+
+
+def test_providers_that_are_not_there(onnx_files, monkeypatch):
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(
+        InputError, match=r"provider cuda: the installed ONNX Runtime comes without it; .*onnxruntime-gpu"
+    ):
+        load_detector(onnx_files["float"], providers=["cuda"])
+    with pytest.raises(InputError, match=r"provider CANN: .*install a build of ONNX Runtime with it"):
+        load_detector(onnx_files["float"], providers=["CANN"])
+    with pytest.raises(InputError, match=r"provider Toaster: ONNX Runtime knows none .*expected one of .*CPU, CUDA"):
+        load_detector(onnx_files["float"], providers=["Toaster"])
+    # ONNX Runtime goes on without a provider whose libraries are absent.
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    session = ort.InferenceSession(onnx_files["float"])
+    monkeypatch.setattr(ort, "InferenceSession", lambda *_, **__: session)
+    with pytest.raises(InputError, match=r"float.onnx: ONNX Runtime could not start CUDAExecutionProvider"):
+        load_detector(onnx_files["float"], providers=["CUDA", "CPU"])
+
+
+def test_openvino_that_is_not_there(onnx_files, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(InputError, match=r"float.onnx: OpenVINO is not installed; run `pip install openvino`"):
+        load_detector(onnx_files["float"], runtime="openvino")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "toaster"])
+def test_devices_that_are_not_there(checkpoint_files, device):
+    with pytest.raises(InputError, match=f"device {device}: torch cannot use it") as error:
+        load_detector(checkpoint_files["float"], device=device)
+    assert "\n" not in str(error.value)
+
+
+@needs_openvino
+def test_devices_that_openvino_does_not_have(onnx_files):
+    with pytest.raises(InputError, match=r"device toaster: OpenVINO finds none .*CPU"):
+        load_detector(onnx_files["float"], runtime="openvino", device="toaster")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("float.onnx", {"runtime": "torch"}, "torch does not run ONNX files"),
+        ("float", {"runtime": "onnxruntime"}, "onnxruntime runs ONNX files only; .*retinaface export"),
+        ("float", {"runtime": "openvino"}, "openvino runs ONNX files only"),
+        ("float", {"providers": ["CPU"]}, "only ONNX Runtime has any"),
+        ("float.onnx", {"runtime": "openvino", "providers": ["CPU"]}, "only ONNX Runtime has any"),
+        ("float.onnx", {"device": "cuda"}, "choose providers"),
+        ("float", {"threads": 0}, "threads: expected at least 1, found 0"),
+    ],
+)
+def test_options_that_do_not_fit_are_not_passed_over(checkpoint_files, onnx_files, name, options, message):
+    name, _, suffix = name.partition(".")
+    with pytest.raises(InputError, match=message):
+        load_detector((onnx_files if suffix else checkpoint_files)[name], **options)
+
+
+def test_files_of_other_forms(onnx_files, tmp_path):
+    model = onnx.load(onnx_files["float"])
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.UINT8
+    model.graph.node.insert(0, helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT))
+    for node in model.graph.node[1:]:
+        node.input[:] = ["floats" if name == "images" else name for name in node.input]
+    onnx.save(model, tmp_path / "uint8.onnx")
+    with pytest.raises(
+        InputError, match=r"uint8.onnx: takes uint8 and gives class_logits, .*expected a file that takes"
+    ):
+        load_detector(tmp_path / "uint8.onnx")
+    model = onnx.load(onnx_files["float"])
+    del model.graph.output[2]
+    onnx.save(model, tmp_path / "two.onnx")
+    with pytest.raises(InputError, match=r"two.onnx: takes float and gives class_logits, box_deltas; expected"):
+        load_detector(tmp_path / "two.onnx")
+
+
+def test_threads_of_torch_are_those_of_the_process(checkpoint_files, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    load_detector(checkpoint_files["float"])
+    load_detector(checkpoint_files["float"], 3)
+    assert chosen == [3]

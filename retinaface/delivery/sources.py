@@ -1,0 +1,138 @@
+"""What faces are looked for in: photos, videos and cameras."""
+
+import glob
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from retinaface.data.annotations import IMAGE_SUFFIXES, find_photos
+from retinaface.errors import InputError
+
+VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"})
+
+# A file, or the number of a camera.
+Source = Path | int
+
+_USUAL_FPS = 25.0
+
+
+def find_sources(arguments: Sequence[str], out: Path) -> tuple[list[Source], list[str]]:
+    """Finds what is meant by words of a command line.
+
+    Args:
+        arguments: Files; folders, which are searched with all below them; patterns such as ``photos/**/*.jpg``; numbers
+            of cameras.
+        out: Folder of results, which are not taken for photos where it is below one of the folders.
+
+    Returns:
+        The sources, each once, in the order of the words, those of one word sorted by name; and a message for each word
+        that nothing was found for. A file that does not exist is a source: who reads it will say so.
+    """
+    sources: list[Source] = []
+    empty = []
+    for argument in arguments:
+        found = _meant_by(argument, out)
+        sources += found
+        if not found:
+            empty.append(f"{argument}: no photo or video there; check the path, and put patterns in quotes")
+    return list(dict.fromkeys(sources)), empty
+
+
+def _meant_by(argument: str, out: Path) -> Sequence[Source]:
+    path = Path(argument)
+    if path.exists():
+        return _files_at(path, out)
+    if argument.isdecimal():
+        return [int(argument)]
+    if any(sign in argument for sign in "*?["):
+        matches = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207 (that of Path takes no absolute pattern)
+        return [file for match in matches for file in _files_at(Path(match), out)]
+    return [path]
+
+
+def _files_at(path: Path, out: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = [path / name for name in find_photos(path, IMAGE_SUFFIXES | VIDEO_SUFFIXES)]
+    results, whole = out.resolve(), path.resolve()
+    if results == whole or not results.is_relative_to(whole):
+        return files
+    return [file for file in files if not file.resolve().is_relative_to(results)]
+
+
+def is_photo(source: Source) -> bool:
+    """Whether it is neither camera nor video, by the name."""
+    return isinstance(source, Path) and source.suffix.lower() not in VIDEO_SUFFIXES
+
+
+@dataclass(frozen=True)
+class Video:
+    """An opened video or camera; gives its frames, ``(H, W, 3)`` uint8 BGR, once.
+
+    Attributes:
+        source: What it was opened from.
+        fps: Frames per second.
+        count: Frames that are expected, in a file usually exact; 0 where nobody knows.
+        limit: Frames that are given at most; None for all.
+    """
+
+    source: Source
+    fps: float
+    count: int
+    limit: int | None
+    _capture: Any
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[NDArray[np.uint8]]:
+        try:
+            number = 0
+            while number != self.limit:
+                there, frame = self._capture.read()
+                if not there:
+                    return
+                number += 1
+                yield np.asarray(frame, np.uint8)
+        finally:
+            self._capture.release()
+
+    def lacks(self, frames: int) -> bool:
+        """Whether it has ended too early, if this many frames were read.
+
+        The number of frames that a file says it has may be off by a few; one second is allowed.
+        """
+        allowed = 0 if isinstance(self.source, int) else self.fps
+        return self.count - frames > allowed or not frames
+
+
+def open_video(source: Source, limit: int | None = None) -> Video:
+    """Opens a video or a camera.
+
+    Args:
+        source: The file, or the number of the camera.
+        limit: Frames to read at most.
+
+    Returns:
+        The video.
+
+    Raises:
+        InputError: There is no such camera, or the file is not a video.
+    """
+    if isinstance(source, Path) and not source.is_file():
+        raise InputError(f"{source}: no such file; check the path")
+    capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
+    if not capture.isOpened():
+        if isinstance(source, int):
+            raise InputError(f"camera {source}: cannot be opened; check that it is connected and not in use")
+        raise InputError(f"{source}: truncated or not a video; copy or download it again, or remove it")
+    fps = capture.get(cv2.CAP_PROP_FPS)
+    count = 0 if isinstance(source, int) else max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+    if limit is not None:
+        count = min(count, limit) or limit
+    return Video(source, fps if 0 < fps < 1000 else _USUAL_FPS, count, limit, capture)
