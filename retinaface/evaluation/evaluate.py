@@ -430,11 +430,22 @@ def draw_worst_photos(photos: Sequence[Photo], count: int = 12) -> NDArray[np.ui
         ``(H, W, 3)`` uint8 BGR: a sheet of three columns, see :func:`retinaface.evaluation.visualize.draw_judgement`.
     """
     worst = sorted(photos, key=_errors, reverse=True)[:count]
-    return contact_sheet(
-        [draw_judgement(read_image(photo.path), _shown(photo), photo.faces, photo.counted["all"]) for photo in worst],
-        columns=3,
-        width=1800,
-    )
+    return contact_sheet([draw_judged(photo) for photo in worst], columns=3, width=1800)
+
+
+def draw_judged(photo: Photo) -> NDArray[np.uint8]:
+    """Draws what a detector finds on a photo with a score of 0.5 or more, and what it gets wrong.
+
+    Args:
+        photo: The photo.
+
+    Returns:
+        ``(H, W, 3)`` uint8 BGR of the photo's size, see :func:`retinaface.evaluation.visualize.draw_judgement`.
+
+    Raises:
+        InputError: The photo cannot be read.
+    """
+    return draw_judgement(read_image(photo.path), _shown(photo), photo.faces, photo.counted["all"])
 
 
 def _errors(photo: Photo) -> int:

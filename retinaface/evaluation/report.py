@@ -1,12 +1,10 @@
-"""The report of a recipe: what was kept and what was gained, as JSON, Markdown and pictures."""
+"""The report of a recipe: what was kept and what was gained, measured and written down."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from rich.markup import escape
-from rich.table import Table
 
 from retinaface.compression.pruning import count_complexity
 from retinaface.compression.structure import load_structure
@@ -14,9 +12,7 @@ from retinaface.data.annotations import load_unlabelled
 from retinaface.evaluation.benchmark import Timing, benchmark, machine_facts
 from retinaface.evaluation.describe import describe, kept_channels
 from retinaface.evaluation.evaluate import (
-    SHOWN_SCORE,
     Evaluation,
-    describe_data,
     evaluate,
     evaluate_on,
     labelled_by,
@@ -24,6 +20,9 @@ from retinaface.evaluation.evaluate import (
     save_worst_photos,
 )
 from retinaface.evaluation.int8_share import convolutions_in_int8
+from retinaface.evaluation.report_html import report_html
+from retinaface.evaluation.report_text import kept_share, report_markdown
+from retinaface.evaluation.reproduction import Reproduction
 from retinaface.evaluation.visualize import plot_kept_channels, plot_report
 from retinaface.evaluation.wider_ap import SIZE_CLASSES, SUBSETS
 
@@ -36,8 +35,9 @@ def build_report(
     size: int = 640,
     threads: int | None = None,
     labels: bool = True,
+    reproduction: Reproduction | None = None,
 ) -> dict[str, Any]:
-    """Measures every model of a run and writes ``report.json``, ``report.md`` and their pictures.
+    """Measures every model of a run and writes ``report.html``, ``report.json``, ``report.md`` and its pictures.
 
     Accuracy is that of the ONNX files in ONNX Runtime on the validation photos; time is that of the same files in the
     same runtime, in turns.
@@ -46,7 +46,8 @@ def build_report(
     average precision would be if the teacher's detections with a score of 0.5 or more were the faces.
 
     Args:
-        folder: The run's folder; holds ``<name>.onnx`` for each model.
+        folder: The run's folder; holds ``<name>.onnx`` for each model, and for the training curves the folder
+            ``<name>`` of its stage.
         recipe: Name of the recipe.
         checkpoints: Model name to its checkpoint, the teacher first and the final model last.
         root: Data root whose validation photos count.
@@ -54,6 +55,7 @@ def build_report(
         threads: Threads for the timing; None takes every physical core.
         labels: Whether the root's photos have labels; if not, see
             :func:`retinaface.data.annotations.load_unlabelled`.
+        reproduction: How the run was started; None leaves it out.
 
     Returns:
         The report: ``recipe``, ``machine``, ``data``, ``models``, ``retention``, ``speedup`` and their details.
@@ -92,10 +94,11 @@ def build_report(
             "faces_by": "labels" if labelled else "teacher",
         },
         "models": models,
-        "retention": _kept(final, teacher),
+        "retention": kept_share(final, teacher),
         "speedup": timing.ratio,
         "speedup_interval": [timing.ratio_low, timing.ratio_high],
         "benchmark": {"size": size, "threads": timing.threads, "rounds": timing.rounds, "runtime": "onnxruntime"},
+        "reproduction": reproduction and asdict(reproduction),
     }
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(report_markdown(report), encoding="utf-8")
@@ -107,6 +110,7 @@ def build_report(
         save_pictures({name: evaluation.accuracy for name, evaluation in evaluations.items()}, photos, folder)
     else:
         save_worst_photos(photos, folder / "worst_photos.png")
+    (folder / "report.html").write_text(report_html(report, evaluations, layers, folder), encoding="utf-8")
     return report
 
 
@@ -130,6 +134,7 @@ def _costs(checkpoint: Path, file: Path, timing: Timing, size: int) -> dict[str,
     share = convolutions_in_int8(file)
     return {
         "backend": None if structure.quantization is None else structure.quantization.backend,
+        "keep_float": None if structure.quantization is None else list(structure.quantization.keep_float),
         "params": params,
         "macs": macs,
         "onnx_bytes": file.stat().st_size,
@@ -141,164 +146,3 @@ def _costs(checkpoint: Path, file: Path, timing: Timing, size: int) -> dict[str,
         "latency_ms_p90": timing.p90_ms,
         "speedup": timing.ratio,
     }
-
-
-def _kept(model: Mapping[str, Any], teacher: Mapping[str, Any]) -> float | None:
-    """Share of the teacher's AP (all); None where there is nothing to keep, or no face to find."""
-    own, whole = model["ap"]["all"], teacher["ap"]["all"]
-    return own / whole if own is not None and whole else None
-
-
-def report_rows(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The report's table: a row of headings, then a row per model, relative figures against the first.
-
-    Subsets that the photos are not labelled for have no column. Without labels there is only the agreement with the
-    first model.
-    """
-    compared = "agreement" in models[0]
-    subsets = [name for name in SUBSETS if name == "all" or any(model["ap"][name] is not None for model in models)]
-    headings = [
-        "model",
-        *([f"agreement with {models[0]['name']}"] if compared else [*(f"AP {name}" for name in subsets), "kept"]),
-        "params",
-        "GMACs",
-        "ONNX",
-        "INT8 convs",
-        "ms",
-        "speed-up",
-    ]
-    return [
-        headings,
-        *(
-            [
-                model["name"],
-                *(
-                    [_percent(model["agreement"])]
-                    if compared
-                    else [
-                        *("-" if (value := model["ap"][name]) is None else f"{value:.3f}" for name in subsets),
-                        _percent(_kept(model, models[0])),
-                    ]
-                ),
-                f"{model['params'] / 1e6:.3f} M",
-                f"{model['macs'] / 1e9:.3f}",
-                f"{model['onnx_bytes'] / 1e6:.2f} MB",
-                f"{model['int8_convolutions']}/{model['convolutions']}",
-                f"{model['latency_ms_median']:.2f}",
-                f"{model['speedup']:.2f}x",
-            ]
-            for model in models
-        ),
-    ]
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
-
-
-def report_table(report: Mapping[str, Any]) -> Table:
-    """The report's table for a terminal."""
-    title = escape(f"{report['recipe']}: {describe_data(report['data'])}")
-    table = Table(title=title, collapse_padding=True, pad_edge=False)  # fits into the 80 columns of a log file
-    headings, *rows = report_rows(report["models"])
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "model" else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def report_markdown(report: Mapping[str, Any]) -> str:
-    """The report as Markdown, with what was measured and how."""
-    machine, data, timing = report["machine"], report["data"], report["benchmark"]
-    final, compared = report["models"][-1]["name"], data["faces_by"] == "teacher"
-    low, high = report["speedup_interval"]
-    interval = "" if low is None else f" (95 % interval {low:.2f}-{high:.2f})"
-    headings, *rows = report_rows(report["models"])
-    table = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
-    lines = [
-        f"# {report['recipe']}",
-        "",
-        f"The final model ({final}) {_what_is_kept(report)} and is **{report['speedup']:.2f}x** as fast{interval}.",
-        "",
-        *(f"| {' | '.join(row)} |" for row in table),
-        "",
-        "![Accuracy, latency, size and computation](report.png)",
-        "",
-        *([] if compared else _ACCURACY_PICTURES),
-        f"What pruning left of {final}, layer by layer (`python -m retinaface describe` says more):",
-        "",
-        "![Channels kept](kept_channels.png)",
-        "",
-        f"The photos on which {final} differs most from the teacher at a score of {SHOWN_SCORE}: faces that both find "
-        f"green, those of {final} alone red, those of the teacher alone orange."
-        if compared
-        else f"The photos with the most errors of {final} at a score of {SHOWN_SCORE}: found faces green, false alarms "
-        "red, missed faces orange, faces that do not count grey.",
-        "",
-        "![Worst photos](worst_photos.png)",
-        "",
-        "## How it was measured",
-        "",
-        _how_faces_were_judged(data, compared),
-        f"- **Time:** {timing['rounds']} rounds at 1x3x{timing['size']}x{timing['size']}, the models in turns, ONNX "
-        f"Runtime on the CPU, {timing['threads']} threads; medians, and the median of the ratio to the first model per "
-        "round. Post-processing is not included.",
-        "- **Parameters and GMACs:** of the float network of the same shape; MACs at "
-        f"{timing['size']}x{timing['size']}.",
-        "- **INT8 convs:** how many of the convolutions ONNX Runtime executes in INT8 on this machine: counted in its "
-        "graph after all optimizations, not in the file. `report.json` names the others (`float_convolutions`).",
-        *_foreign_backends(report["models"]),
-        f"- **Machine:** {machine['cpu']}, {machine['cores']} cores, INT8 instructions: "
-        f"{', '.join(machine['flags']) or 'unknown'}; {machine['os']}.",
-        f"- **Versions:** Python {machine['python']}, torch {machine['torch']}, lightning {machine['lightning']}, "
-        f"torchao {machine['torchao']}, onnxruntime {machine['onnxruntime']}.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-_ACCURACY_PICTURES = (
-    "![Precision and recall](precision_recall.png)",
-    "",
-    "![Average precision by face size](ap_by_size.png)",
-    "",
-)
-
-
-def _what_is_kept(report: Mapping[str, Any]) -> str:
-    teacher, final = report["models"][0], report["models"][-1]
-    nothing = " (the teacher finds no face, so there is nothing to keep)"
-    if "agreement" in final:
-        share, why = final["agreement"], "" if final["agreement"] is not None else nothing
-        return f"agrees with the teacher to **{'an unknown share' if share is None else _percent(share)}**{why}"
-    kept = "an unknown share" if report["retention"] is None else _percent(report["retention"])
-    why = "" if teacher["ap"]["all"] else nothing
-    return f"keeps **{kept}** of the teacher's average precision (all){why}"
-
-
-def _how_faces_were_judged(data: Mapping[str, Any], compared: bool) -> str:
-    where = f"({describe_data(data)}) under `{data['root']}`, which this run did not train on"
-    how = "each photo at its own size, score from 0.02, NMS at 0.4; every model as ONNX in ONNX Runtime"
-    if not compared:
-        return (
-            f"- **Accuracy:** average precision at IoU 0.5 with the WIDER FACE protocol on the validation photos "
-            f"{where}; {how}. `all` counts every valid face; easy, medium and hard need the official `.mat` files."
-        )
-    return (
-        f"- **Agreement with the teacher:** the photos {where}, have no labels, so the teacher's detections with a "
-        f"score of {SHOWN_SCORE} or more take the place of the faces: what the average precision at IoU 0.5 with the "
-        f"WIDER FACE protocol would be if the teacher were always right; {how}. It says how alike two models are, not "
-        "how well either finds faces: labelled photos in `WIDER_val/images` would tell. As in the protocol, what is "
-        "found on photos without a face (of the teacher) does not count."
-    )
-
-
-def _foreign_backends(models: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each model that was made for another runtime than the one that everything is measured in."""
-    return [
-        f"- **{model['name']}** was made for {model['backend']}; what ONNX Runtime makes of it (ms, speed-up, INT8 "
-        "convs) says nothing about its speed there."
-        for model in models
-        if model["backend"] not in (None, "onnxruntime")
-    ]

@@ -5,7 +5,7 @@ Photos are ``(H, W, 3)`` uint8 in BGR; the drawing functions return a copy and l
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -15,6 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from retinaface.data.transforms import FACE, IGNORED
 from retinaface.evaluation.wider_ap import SUBSETS, Curve, area_under, judge_photo
+
+if TYPE_CHECKING:
+    from retinaface.evaluation.benchmark import Timing  # which would make `detect` wait for SciPy
 
 Image = NDArray[np.uint8]
 Colour = tuple[int, int, int]
@@ -233,6 +236,78 @@ def plot_report(models: Sequence[Mapping[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
+def plot_ap_against_latency(models: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Plot accuracy against time: a disc per model whose area is the size of its file, and a line in their order.
+
+    Args:
+        models: as for :func:`plot_report`; each has ``latency_ms_p10`` and ``latency_ms_p90`` too, which end the line
+            through its disc.
+        path: the file to write; its suffix chooses the format (.png, .svg, .pdf).
+
+    Raises:
+        ValueError: there are no models.
+    """
+    if not models:
+        raise ValueError("plot_ap_against_latency: no models")
+    compared = "agreement" in models[0]
+    figure = Figure(figsize=(4.8, 4), layout="constrained")
+    axes = figure.subplots()
+    values = np.array([model["agreement"] if compared else model["ap"]["all"] for model in models], float)
+    times = np.array([model["latency_ms_median"] for model in models])
+    sizes = np.array([model["onnx_bytes"] for model in models]) / 1e6
+    axes.plot(times, values, color="#888888", linewidth=1, linestyle=":", zorder=1)
+    for index, (model, colour) in enumerate(zip(models, _colours(len(models)), strict=True)):
+        low, high = model["latency_ms_p10"], model["latency_ms_p90"]
+        axes.plot([low, high], [values[index]] * 2, color=colour, linewidth=1.5, zorder=2)
+        axes.scatter(times[index], values[index], 600 * sizes[index] / sizes.max(), color=colour, alpha=0.8, zorder=3)
+    handles = [axes.scatter([], [], 60, color=colour) for colour in _colours(len(models))]
+    labels = [f"{model['name']}, {size:.2f} MB" for model, size in zip(models, sizes, strict=True)]
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    axes.set(xlabel="ms per photo, median (line: 10 % to 90 %)", ylabel="agreement" if compared else "AP (all)")
+    axes.set_xlim(0, 1.1 * max(model["latency_ms_p90"] for model in models))
+    if known := values[np.isfinite(values)].tolist():
+        # Never so near that noise looks like a difference.
+        middle, half = (max(known) + min(known)) / 2, max(0.8 * (max(known) - min(known)), 0.03)
+        axes.set_ylim(max(middle - half, -0.02), min(middle + half, 1.02))
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def plot_training(figures: Mapping[str, Mapping[int, float]], path: Path) -> None:
+    """Plot a training: the losses, the average precision on the validation photos and the learning rates.
+
+    Args:
+        figures: of :func:`retinaface.evaluation.training_log.read_training_log`; what is not there gets no panel.
+        path: the file to write; its suffix chooses the format (.png, .svg, .pdf).
+
+    Raises:
+        ValueError: there is nothing to plot.
+    """
+    panels = {
+        "loss": {name.removesuffix("/loss"): each for name, each in figures.items() if name.endswith("/loss")},
+        "AP": {name.removeprefix("val/ap_"): each for name, each in figures.items() if name.startswith("val/ap_")},
+        "learning rate": {name: each for name, each in figures.items() if name.startswith("lr-")},
+    }
+    shown = {title: lines for title, lines in panels.items() if lines}
+    if not shown:
+        raise ValueError("plot_training: no losses, average precision or learning rate")
+    figure = Figure(figsize=(4.8, 0.6 + 1.7 * len(shown)), layout="constrained")
+    every = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (title, lines) in zip(every, shown.items(), strict=True):
+        for (name, line), colour in zip(lines.items(), _colours(len(lines) + 2)[2:], strict=True):
+            marker = "." if len(line) < 30 else ""  # a single figure has no line
+            axes.plot([*line], [*line.values()], label=name, color=colour, linewidth=1.5, marker=marker)
+        axes.set_ylabel(title)
+        if title != "learning rate":  # its groups have the rates of parts of the network, mostly the same
+            axes.legend(frameon=False, ncols=2)
+        axes.set_ylim(bottom=0)
+        _tidy(axes)
+    every[-1].set_xlabel("training step")
+    _save(figure, path)
+
+
 def plot_face_sizes(short_sides: Mapping[str, ArrayLike], path: Path, smallest_anchor: float) -> None:
     """Plot how large the faces are: their share by shorter side, one outline per split.
 
@@ -335,6 +410,34 @@ def plot_mixed_precision(parts: Mapping[str, tuple[float, float]], path: Path) -
         axes.set_axisbelow(True)
         axes.locator_params(axis="x", nbins=5)
         axes.xaxis.set_major_formatter(lambda value, _, style=style: style.format(value))
+    _save(figure, path)
+
+
+def plot_benchmark(panels: Mapping[str, Sequence["Timing"]], path: Path) -> None:
+    """Plot how long models take in runtimes: a panel per combination of size, batch and threads, a bar per entry.
+
+    Args:
+        panels: title to timings, the one to compare with first.
+        path: the file to write; its suffix chooses the format (.png, .svg, .pdf).
+    """
+    heights = [len(timings) + 1.5 for timings in panels.values()]
+    figure = Figure(figsize=(9, 0.6 + 0.36 * sum(heights)), layout="constrained")
+    every = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (title, timings) in zip(every, panels.items(), strict=True):
+        models = [*dict.fromkeys(timing.model for timing in timings)]
+        colours = dict(zip(models, _colours(len(models)), strict=True))
+        places, medians = np.arange(len(timings)), np.array([timing.median_ms for timing in timings])
+        spread = [medians - [timing.p10_ms for timing in timings], [timing.p90_ms for timing in timings] - medians]
+        axes.barh(places, medians, color=[colours[timing.model] for timing in timings], xerr=spread, capsize=3)
+        for place, timing in zip(places, timings, strict=True):
+            verdict = f" {timing.ratio:.2f}x" if timing.differs else " within noise" if place else ""
+            axes.text(timing.p90_ms, place, f"  {timing.median_ms:.2f} ms{verdict}", va="center", fontsize=8)
+        axes.set_yticks(places, [f"{Path(timing.model).name}, {timing.runtime}" for timing in timings], fontsize=8)
+        axes.set_ylim(len(timings) - 0.4, -0.6)  # the first on top
+        axes.set_xlim(0, 1.3 * max(timing.p90_ms for timing in timings))
+        axes.set_title(title, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    every[-1].set_xlabel("ms per call, median (line: 10 % to 90 %), speed-up against the first")
     _save(figure, path)
 
 

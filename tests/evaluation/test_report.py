@@ -8,7 +8,9 @@ from retinaface.data.annotations import load_unlabelled
 from retinaface.delivery.export import export_onnx
 from retinaface.evaluation import report as module
 from retinaface.evaluation.evaluate import Accuracy, Evaluation, Photo
-from retinaface.evaluation.report import build_report, report_markdown, report_rows, report_table
+from retinaface.evaluation.report import build_report
+from retinaface.evaluation.report_text import report_markdown, report_rows, report_table
+from retinaface.evaluation.reproduction import Commit, Reproduction
 from retinaface.evaluation.wider_ap import SIZE_CLASSES, Curve
 
 NAMES = ("teacher", "pruned", "int8")
@@ -49,12 +51,14 @@ def build(files, tiny_checkpoint, tiny_root, monkeypatch):
     def call(*ap):
         answers = iter([evaluation(each, tiny_root) for each in ap])
         monkeypatch.setattr(module, "evaluate", lambda model, root: next(answers))
+        monkeypatch.setattr(module, "report_html", lambda report, *_: json.dumps(report))  # it has tests of its own
         checkpoints = dict.fromkeys(NAMES[: len(ap)], tiny_checkpoint)
         result = build_report(files, "demo", checkpoints, tiny_root, size=64, threads=1)
         text = (files / "report.json").read_text()
         assert "NaN" not in text
         assert json.loads(text) == result
         assert (files / "report.md").read_text() == report_markdown(result)
+        assert json.loads((files / "report.html").read_text()) == result
         return result
 
     return call
@@ -131,7 +135,19 @@ def test_convolutions_in_int8_are_counted_and_the_others_named(build, files, onn
 
 
 def test_a_real_report_of_one_model(files, tiny_checkpoint, tiny_root):
-    report = build_report(files, "demo", {"teacher": tiny_checkpoint}, tiny_root, size=64, threads=1)
+    reproduction = Reproduction("compress.py a b", "stages: []", {"teacher": 3}, Commit("0" * 40, changed=False))
+    checkpoints = {"teacher": tiny_checkpoint}
+    report = build_report(files, "demo", checkpoints, tiny_root, size=64, threads=1, reproduction=reproduction)
+    assert report["reproduction"] == {
+        "command": "compress.py a b",
+        "recipe": "stages: []",
+        "seeds": {"teacher": 3},
+        "commit": {"name": "0" * 40, "changed": False},
+    }
+    page = (files / "report.html").read_text()
+    assert "compress.py a b" in page
+    subsets = sum(value is not None for value in report["models"][0]["ap"].values())
+    assert page.count("<img") == 1 + subsets + 4  # AP against latency, precision and recall, photos
     assert report["data"]["photos"] == 5
     assert 0 <= report["models"][0]["ap"]["all"] <= 1
     assert report["models"][0]["ap"]["easy"] is None
@@ -141,8 +157,9 @@ def test_a_model_for_another_runtime_is_told(build):
     report = build(0.9, 0.9, 0.8)
     assert [model["backend"] for model in report["models"]] == [None] * 3
     assert "made for" not in report_markdown(report)
+    assert report["models"][2]["keep_float"] is None
     report["models"][2]["backend"] = "openvino"
-    assert "**int8** was made for openvino" in report_markdown(report)
+    assert "**int8:** made for openvino" in report_markdown(report)
 
 
 def test_without_labels_models_are_compared_with_the_teacher(files, tiny_checkpoint, tiny_root, monkeypatch):

@@ -13,6 +13,7 @@ from retinaface.evaluation.visualize import (
     draw_detections,
     draw_judgement,
     draw_training_batch,
+    plot_ap_against_latency,
     plot_ap_by_size,
     plot_face_sizes,
     plot_kept_channels,
@@ -20,6 +21,7 @@ from retinaface.evaluation.visualize import (
     plot_precision_recall,
     plot_report,
     plot_sensitivity,
+    plot_training,
 )
 from retinaface.evaluation.wider_ap import Curve, area_under
 
@@ -231,3 +233,59 @@ def test_report_with_a_useless_student_and_without_models(tmp_path):
     plot_report(models, tmp_path / "report.png")
     with pytest.raises(ValueError, match="no models"):
         plot_report([], tmp_path / "report.png")
+
+
+def timed_models(**changes):
+    models = [{**model, "latency_ms_p10": 9.0, "latency_ms_p90": 11.0} for model in report_models()]
+    models[1].update(changes)
+    return models
+
+
+def test_ap_against_latency_names_every_model_with_its_size(tmp_path):
+    plot_ap_against_latency(timed_models(), tmp_path / "plot.svg")
+    text = svg_text(tmp_path / "plot.svg")
+    for label in (
+        "AP (all)",
+        "ms per photo",
+        *(f"{m['name']}, {m['onnx_bytes'] / 1e6:.2f} MB" for m in timed_models()),
+    ):
+        assert label in text
+    plot_ap_against_latency(timed_models(ap={"all": None}), tmp_path / "plot.png")
+    assert imread(tmp_path / "plot.png").std() > 0.05
+    with pytest.raises(ValueError, match="no models"):
+        plot_ap_against_latency([], tmp_path / "plot.png")
+
+
+def test_discs_have_the_area_of_the_files(tmp_path, monkeypatch):
+    drawn = {}
+
+    def scatter(axes, x, y, area, color, **_):
+        drawn.setdefault(color, (x, y, area))
+
+    monkeypatch.setattr("matplotlib.axes.Axes.scatter", scatter)
+    monkeypatch.setattr("matplotlib.figure.Figure.legend", lambda *_, **__: None)
+    plot_ap_against_latency(timed_models(), tmp_path / "plot.png")
+    (teacher_ms, teacher_ap, teacher_area), (ms, ap, area) = drawn.values()
+    assert (teacher_ms, teacher_ap, ms, ap) == (12, 0.8, 6, 0.76)
+    assert teacher_area == pytest.approx(4 * area)
+
+
+def test_agreement_against_latency(tmp_path):
+    models = [{**model, "ap": {"all": None}, "agreement": 0.9} for model in timed_models()]
+    plot_ap_against_latency(models, tmp_path / "plot.svg")
+    text = svg_text(tmp_path / "plot.svg")
+    assert "agreement" in text
+    assert "AP" not in text
+
+
+def test_training_has_a_panel_for_what_was_logged(tmp_path):
+    losses = {"train/loss": {9: 2.5, 19: 1.5}, "distillation/loss": {9: 1.0, 19: 0.5}}
+    plot_training({**losses, "val/ap_all": {12: 0.5}, "lr-AdamW": {9: 0.1}}, tmp_path / "all.svg")
+    text = svg_text(tmp_path / "all.svg")
+    for label in ("train", "distillation", "AP", "all", "learning rate", "training step"):
+        assert label in text
+    plot_training(losses, tmp_path / "losses.svg")
+    assert "learning rate" not in svg_text(tmp_path / "losses.svg")
+    assert "AP" not in svg_text(tmp_path / "losses.svg")
+    with pytest.raises(ValueError, match="no losses"):
+        plot_training({}, tmp_path / "none.svg")

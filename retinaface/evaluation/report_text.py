@@ -1,0 +1,243 @@
+"""The report of a recipe in words: its verdict, its table, what was measured and how."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from retinaface.evaluation.evaluate import SHOWN_SCORE, describe_data
+from retinaface.evaluation.wider_ap import SUBSETS
+
+
+def kept_share(model: Mapping[str, Any], teacher: Mapping[str, Any]) -> float | None:
+    """Share of the teacher's AP (all); None where there is nothing to keep, or no face to find."""
+    own, whole = model["ap"]["all"], teacher["ap"]["all"]
+    return own / whole if own is not None and whole else None
+
+
+def report_rows(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The report's table: a row of headings, then a row per model, relative figures against the first.
+
+    Subsets that the photos are not labelled for have no column. Without labels there is only the agreement with the
+    first model.
+    """
+    compared = "agreement" in models[0]
+    subsets = [name for name in SUBSETS if name == "all" or any(model["ap"][name] is not None for model in models)]
+    headings = [
+        "model",
+        *([f"agreement with {models[0]['name']}"] if compared else [*(f"AP {name}" for name in subsets), "kept"]),
+        "params",
+        "GMACs",
+        "ONNX",
+        "INT8 convs",
+        "ms",
+        "speed-up",
+    ]
+    return [
+        headings,
+        *(
+            [
+                model["name"],
+                *(
+                    [_percent(model["agreement"])]
+                    if compared
+                    else [
+                        *("-" if (value := model["ap"][name]) is None else f"{value:.3f}" for name in subsets),
+                        _percent(kept_share(model, models[0])),
+                    ]
+                ),
+                f"{model['params'] / 1e6:.3f} M",
+                f"{model['macs'] / 1e9:.3f}",
+                f"{model['onnx_bytes'] / 1e6:.2f} MB",
+                f"{model['int8_convolutions']}/{model['convolutions']}",
+                f"{model['latency_ms_median']:.2f}",
+                f"{model['speedup']:.2f}x",
+            ]
+            for model in models
+        ),
+    ]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def report_table(report: Mapping[str, Any]) -> Table:
+    """The report's table for a terminal."""
+    title = escape(f"{report['recipe']}: {describe_data(report['data'])}")
+    table = Table(title=title, collapse_padding=True, pad_edge=False)  # fits into the 80 columns of a log file
+    headings, *rows = report_rows(report["models"])
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "model" else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def report_markdown(report: Mapping[str, Any]) -> str:
+    """The report as Markdown, with what was measured and how."""
+    final, compared = report["models"][-1]["name"], report["data"]["faces_by"] == "teacher"
+    headings, *rows = report_rows(report["models"])
+    table = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    lines = [
+        f"# {report['recipe']}",
+        "",
+        verdict(report),
+        "",
+        *(f"| {' | '.join(row)} |" for row in table),
+        "",
+        "![Accuracy, latency, size and computation](report.png)",
+        "",
+        *([] if compared else _ACCURACY_PICTURES),
+        f"What pruning left of {final}, layer by layer (`python -m retinaface describe` says more):",
+        "",
+        "![Channels kept](kept_channels.png)",
+        "",
+        f"The photos {'on which it differs most from the teacher' if compared else 'with its most errors'}. "
+        f"{what_colours_mean(report)}",
+        "",
+        "![Worst photos](worst_photos.png)",
+        "",
+        "## How it was measured",
+        "",
+        *(f"- **{name}:** {what}" for name, what in {**methods(report), **environment(report["machine"])}.items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def verdict(report: Mapping[str, Any]) -> str:
+    """What was kept and gained, how sure that is, and on what data, as two sentences of Markdown."""
+    models = report["models"]
+    return (
+        f"The final model ({models[-1]['name']}) {_what_is_kept(report)}, {_how_fast(report)}, and its file is "
+        f"**{' '.join(_how_small(models))}**. Data: the validation photos ({describe_data(report['data'])}), IoU 0.5."
+    )
+
+
+def verdict_figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The verdict as three figures, each with what it says."""
+    final = report["models"][-1]
+    if "agreement" in final:
+        kept = (_percent(final["agreement"]), "agreement with the teacher")
+    else:
+        kept = (_percent(report["retention"]), "of the teacher's AP kept")
+    speed = "as fast: no difference measured" if _within_noise(report) else "as fast as the teacher"
+    size, change = _how_small(report["models"])
+    return [kept, (f"{report['speedup']:.2f}x", speed), (size, f"{change} file")]
+
+
+def _within_noise(report: Mapping[str, Any]) -> bool:
+    low, high = report["speedup_interval"]
+    return low is not None and low <= 1 <= high
+
+
+def _how_fast(report: Mapping[str, Any]) -> str:
+    low, high = report["speedup_interval"]
+    interval = "too few rounds for an interval" if low is None else f"95 % interval {low:.2f}-{high:.2f}"
+    if _within_noise(report):
+        return f"**no difference in speed was measured** ({report['speedup']:.2f}x, {interval})"
+    return f"is **{report['speedup']:.2f}x** as fast ({interval})"
+
+
+def _how_small(models: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    ratio = models[0]["onnx_bytes"] / models[-1]["onnx_bytes"]
+    return (f"{ratio:.1f}x", "smaller") if ratio >= 1 else (f"{1 / ratio:.1f}x", "larger")
+
+
+def what_colours_mean(report: Mapping[str, Any]) -> str:
+    """Says what boxes of each colour are on the photos of the report."""
+    if report["data"]["faces_by"] == "teacher":
+        final = report["models"][-1]["name"]
+        return (
+            f"At a score of {SHOWN_SCORE}: faces that both find green, those of {final} alone red, those of "
+            "the teacher alone orange."
+        )
+    return (
+        f"At a score of {SHOWN_SCORE}: found faces green, false alarms red, missed faces orange, faces that do not "
+        "count grey."
+    )
+
+
+def what_is_int8(model: Mapping[str, Any]) -> str:
+    """Says which convolutions of a model of the report are executed in INT8, as Markdown."""
+    counted = (
+        f"ONNX Runtime executes {model['int8_convolutions']} of the {model['convolutions']} convolutions of "
+        f"{model['name']} in INT8 on this machine"
+    )
+    if model["keep_float"] is None:
+        return f"{counted}: it is a float model."
+    kept = ", ".join(f"`{name}`" for name in model["keep_float"])
+    return f"{counted}. Its settings leave {kept or 'nothing'} in float (`keep_float`)."
+
+
+def methods(report: Mapping[str, Any]) -> dict[str, str]:
+    """Says what each figure means and how it was measured: name to Markdown."""
+    timing = report["benchmark"]
+    return {
+        **_how_faces_were_judged(report["data"]),
+        "Time": f"{timing['rounds']} rounds at 1x3x{timing['size']}x{timing['size']}, the models in turns, ONNX "
+        f"Runtime on the CPU, {timing['threads']} threads; medians, and the median of the ratio to the first model per "
+        "round. Post-processing is not included.",
+        "Parameters and GMACs": f"of the float network of the same shape; MACs at {timing['size']}x{timing['size']}.",
+        "INT8 convs": "how many of the convolutions ONNX Runtime executes in INT8 on this machine: counted in its "
+        "graph after all optimizations, not in the file. `report.json` names the others (`float_convolutions`).",
+        **_foreign_backends(report["models"]),
+    }
+
+
+def environment(machine: Mapping[str, Any]) -> dict[str, str]:
+    """Says on which machine and with which software it was measured: name to text."""
+    return {
+        "Machine": f"{machine['cpu']}, {machine['cores']} cores, INT8 instructions: "
+        f"{', '.join(machine['flags']) or 'unknown'}; {machine['os']}.",
+        "Versions": f"Python {machine['python']}, torch {machine['torch']}, lightning {machine['lightning']}, "
+        f"torchao {machine['torchao']}, onnxruntime {machine['onnxruntime']}.",
+    }
+
+
+_ACCURACY_PICTURES = (
+    "![Precision and recall](precision_recall.png)",
+    "",
+    "![Average precision by face size](ap_by_size.png)",
+    "",
+)
+
+
+def _what_is_kept(report: Mapping[str, Any]) -> str:
+    teacher, final = report["models"][0], report["models"][-1]
+    nothing = " (the teacher finds no face, so there is nothing to keep)"
+    if "agreement" in final:
+        share, why = final["agreement"], "" if final["agreement"] is not None else nothing
+        return f"agrees with the teacher to **{'an unknown share' if share is None else _percent(share)}**{why}"
+    kept = "an unknown share" if report["retention"] is None else _percent(report["retention"])
+    why = "" if teacher["ap"]["all"] else nothing
+    return f"keeps **{kept}** of the teacher's average precision (all){why}"
+
+
+def _how_faces_were_judged(data: Mapping[str, Any]) -> dict[str, str]:
+    where = f"({describe_data(data)}) under `{data['root']}`, which this run did not train on"
+    how = "each photo at its own size, score from 0.02, NMS at 0.4; every model as ONNX in ONNX Runtime"
+    if data["faces_by"] == "labels":
+        return {
+            "Accuracy": "average precision at IoU 0.5 with the WIDER FACE protocol on the validation photos "
+            f"{where}; {how}. `all` counts every valid face; easy, medium and hard need the official `.mat` files."
+        }
+    return {
+        "Agreement with the teacher": f"the photos {where}, have no labels, so the teacher's detections with a "
+        f"score of {SHOWN_SCORE} or more take the place of the faces: what the average precision at IoU 0.5 with the "
+        f"WIDER FACE protocol would be if the teacher were always right; {how}. It says how alike two models are, not "
+        "how well either finds faces: labelled photos in `WIDER_val/images` would tell. As in the protocol, what is "
+        "found on photos without a face (of the teacher) does not count."
+    }
+
+
+def _foreign_backends(models: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """A line for each model that was made for another runtime than the one that everything is measured in."""
+    return {
+        model["name"]: f"made for {model['backend']}; what ONNX Runtime makes of it (ms, speed-up, INT8 convs) says "
+        "nothing about its speed there."
+        for model in models
+        if model["backend"] not in (None, "onnxruntime")
+    }
