@@ -1,13 +1,15 @@
 """Runs a recipe: ``python compress.py RECIPE [--data.root DIR] [--weights FILE] [--out DIR] [train.py options]``.
 
 A recipe is an ordered list of stages, each a ``train.py fit`` of its own whose input is the checkpoint of a stage
-before. Finished stages are skipped, an interrupted one goes on from its last checkpoint, and a report ends it.
+before. Finished stages are skipped, an interrupted one goes on from its last checkpoint, and a report ends it. With
+``--submit slurm`` every stage, and the report, becomes a job of a cluster that waits for the one before.
 """
 
 import argparse
 import ctypes
 import json
 import os
+import shlex
 import signal
 import string
 import subprocess
@@ -24,6 +26,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from retinaface.errors import InputError, one_line
+from retinaface.slurm import SAVED, Cluster, as_step, cancel_jobs, cluster_parser, job_id, read_cluster, submit_job
 
 PROJECT = Path(__file__).resolve().parent
 CONFIGS = PROJECT / "configs"
@@ -33,10 +36,13 @@ _console = Console(markup=False, highlight=False, soft_wrap=True, width=None if 
 
 _PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
 
-# Placeholders, and what options of train.py start with: no stage can have such a name.
+REPORT = "report"
+
+# Placeholders, the report, and what options of train.py start with: no stage can have such a name.
 _RESERVED = {
     "weights",
     "previous",
+    REPORT,
     "trainer",
     "model",
     "data",
@@ -95,6 +101,10 @@ class Run:
         root: The data root.
         weights: The public weights, or None.
         overrides: More ``train.py`` options, for every stage, or for one with its name in front.
+        command: What the user typed, without the cluster's options.
+        text: The recipe's file.
+        words: The arguments in ``command``.
+        cluster: Where the stages run.
     """
 
     name: str
@@ -103,10 +113,18 @@ class Run:
     root: Path
     weights: Path | None
     overrides: list[str]
+    command: str
+    text: str
+    words: list[str] = field(default_factory=list)
+    cluster: Cluster = field(default_factory=Cluster)
 
     def checkpoint(self, stage: str) -> Path:
         """Where a stage leaves its result."""
         return self.out / stage / "checkpoints" / "last.ckpt"
+
+    def exported(self, stage: str) -> Path:
+        """The ONNX file that says that a stage is done."""
+        return self.out / f"{stage}.onnx"
 
     def arguments(self, stage: Stage) -> list[str]:
         """The ``train.py`` command of a stage, without what resumes it."""
@@ -196,7 +214,7 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def run_recipe(run: Run) -> None:
-    """Runs the stages that are not done, then writes the report.
+    """Runs the stages that are not done, then writes the report; or of that only what the run's ``cluster`` names.
 
     Raises:
         InputError: The input is wrong, or the folder holds a different run.
@@ -204,18 +222,69 @@ def run_recipe(run: Run) -> None:
     """
     _check_data(run)
     _remember(run)
+    only = run.cluster.only
     for number, stage in enumerate(run.recipe.stages, start=1):
-        title = f"[{number}/{len(run.recipe.stages)}] {stage.name}"
-        exported, result = run.out / f"{stage.name}.onnx", run.checkpoint(stage.name)
-        if exported.is_file():
-            _console.print(f"{title}: done before")
+        if only in (None, stage.name):
+            _run_stage(run, stage, title=f"[{number}/{len(run.recipe.stages)}] {stage.name}")
+    if only in (None, REPORT):
+        todo = [stage.name for stage in run.recipe.stages if not run.exported(stage.name).is_file()]
+        if todo:
+            raise InputError(f"--only {REPORT}: {', '.join(todo)} must be done before; leave --only out")
+        _report(run)
+
+
+def _run_stage(run: Run, stage: Stage, title: str) -> None:
+    if run.exported(stage.name).is_file():
+        _console.print(f"{title}: done before")
+        return
+    resumes = any(run.checkpoint(stage.name).parent.glob("*.ckpt*"))
+    _console.print(f"{title}: {'resuming' if resumes else 'starting'}")
+    command = [sys.executable, str(PROJECT / "train.py"), *run.arguments(stage)]
+    if run.cluster.srun:
+        overlay = ["--config", str(CONFIGS / "slurm" / "slurm.yaml")]
+        command = as_step([*command, *overlay], run_id=f"{run.out.name}-{stage.name}-{job_id()}")
+    try:
+        _run([*command, *(["--ckpt_path=last"] if resumes else [])])
+    except subprocess.CalledProcessError as error:
+        if run.cluster.srun and error.returncode != SAVED:
+            _console.print(
+                f"{title}: failed with status {error.returncode}; jobs that wait for it are cancelled. Submitted "
+                "again, the recipe goes on here"
+            )
+        raise
+    _finish(run.out / stage.name / "model.onnx", run.exported(stage.name))
+
+
+def submit_recipe(run: Run) -> None:
+    """Submits what is not done as jobs, each waiting for the one before, and says how to follow them.
+
+    Raises:
+        InputError: The input is wrong, the folder holds a different run, or the cluster refuses a job; then none is
+            left.
+    """
+    _check_data(run)
+    _remember(run)
+    script, logs = CONFIGS / "slurm" / "compress.sbatch", run.out / "slurm"
+    logs.mkdir(exist_ok=True)
+    jobs: list[str] = []
+    for name in [*(stage.name for stage in run.recipe.stages), REPORT]:
+        if name != REPORT and run.exported(name).is_file():
+            _console.print(f"{name}: done before")
             continue
-        resume = [f"--ckpt_path={result}"] if result.is_file() else []
-        _console.print(f"{title}: {'resuming' if resume else 'starting'}")
-        command = [sys.executable, str(PROJECT / "train.py"), *run.arguments(stage), *resume]
-        _run(command)
-        _finish(run.out / stage.name / "model.onnx", exported)
-    _report(run)
+        options = [f"--job-name={run.out.name}-{name}", f"--output={logs / name}-%j.log", *run.cluster.options()]
+        if name == REPORT:
+            options += ["--nodes=1", "--ntasks-per-node=1"]
+        try:
+            before = jobs[-1] if jobs else None
+            environment = {"VENV": sys.prefix, "PROJECT": str(PROJECT)}
+            jobs.append(submit_job(script, [*run.words, "--only", name], options, before, environment))
+        except InputError:
+            cancel_jobs(jobs)
+            raise
+        _console.print(f"{name}: job {jobs[-1]}{f', after {before}' if before else ''}")
+    _console.print(f"their state: squeue --jobs={','.join(jobs)}")
+    _console.print(f"their logs:  tail -F {logs}/*.log")
+    _console.print(f"to stop:     scancel {' '.join(jobs)}")
 
 
 def _run(command: list[str]) -> None:
@@ -275,10 +344,26 @@ def _check_data(run: Run) -> None:
 
 
 def _switched_on(arguments: Sequence[str], name: str, default: bool) -> bool:
-    """An option of a stage's data; as in ``train.py`` the last value counts, after a space or ``=``."""
-    words = [part for argument in arguments for part in argument.split("=", 1)]
-    values = [value for option, value in pairwise(words) if option == f"--data.init_args.{name}"]
+    """An option of a stage's data; as in ``train.py`` the last value counts."""
+    values = [value for option, value in _options(arguments) if option == f"--data.init_args.{name}"]
     return yaml.safe_load(values[-1]) is True if values else default
+
+
+def _options(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """The options of a stage with their values, after a space or ``=``, in order."""
+    words = [part for argument in arguments for part in argument.split("=", 1)]
+    return [(option, value) for option, value in pairwise(words) if option.startswith("--")]
+
+
+def _seed(arguments: Sequence[str]) -> int | bool | None:
+    """The seed of a stage; as in ``train.py`` the last option or configuration file that has one counts."""
+    seed = None
+    for option, value in _options(arguments):
+        if option == "--config":
+            seed = (yaml.safe_load(Path(value).read_text(encoding="utf-8")) or {}).get("seed_everything", seed)
+        elif option == "--seed_everything":
+            seed = yaml.safe_load(value)
+    return seed
 
 
 def _has_labels(run: Run) -> bool:
@@ -315,12 +400,22 @@ def _remember(run: Run) -> None:
 
 
 def _report(run: Run) -> None:
-    from retinaface.evaluation.report import build_report, report_table
+    from retinaface.evaluation.report import build_report
+    from retinaface.evaluation.report_text import report_table
+    from retinaface.evaluation.reproduction import Reproduction, current_commit
 
     _console.print("evaluating and timing")
     checkpoints = {**_given_teacher(run), **{stage.name: run.checkpoint(stage.name) for stage in run.recipe.stages}}
+    seeds = {stage.name: _seed(run.arguments(stage)) for stage in run.recipe.stages}
+    reproduction = Reproduction(run.command, run.text, seeds, current_commit(PROJECT))
     report: Mapping[str, Any] = build_report(
-        run.out, run.name, checkpoints, run.root, run.recipe.size, labels=_has_labels(run)
+        run.out,
+        run.name,
+        checkpoints,
+        run.root,
+        run.recipe.size,
+        labels=_has_labels(run),
+        reproduction=reproduction,
     )
     _console.print(report_table(report))
     if report["retention"] is not None:
@@ -328,7 +423,8 @@ def _report(run: Run) -> None:
     if report["models"][-1].get("agreement") is not None:
         agreement = report["models"][-1]["agreement"]
         _console.print(f"agreement with the teacher: {agreement:.1%}, speed-up: {report['speedup']:.2f}x")
-    _console.print(f"report: {run.out / 'report.md'}")
+    _console.print(f"report: {run.out / 'report.html'}")
+    _console.print(f"the same as Markdown: {run.out / 'report.md'}")
 
 
 def _given_teacher(run: Run) -> dict[str, Path]:
@@ -351,12 +447,16 @@ def parse_arguments(args: list[str] | None) -> Run:
     """Reads the command line.
 
     Raises:
-        InputError: The recipe is wrong, a placeholder in it included, or weights are missing.
+        InputError: The recipe is wrong, a placeholder in it included, weights are missing, or options contradict each
+            other.
     """
+    program, *given = sys.argv if args is None else ["compress.py", *args]
+    cluster, words = read_cluster(given)
     parser = argparse.ArgumentParser(
         prog="compress.py",
         allow_abbrev=False,
-        usage="%(prog)s RECIPE [--data.root DIR] [--weights FILE] [--out DIR] [train.py options]",
+        usage="%(prog)s RECIPE [--data.root DIR] [--weights FILE] [--out DIR] [--submit slurm] [train.py options]",
+        parents=[cluster_parser()],
         description="Run a recipe: train a teacher, prune, quantize, export, report.",
         epilog="Any further option goes to train.py in every stage, such as --trainer.max_epochs 3; with a stage's "
         "name in front, in that one only: --pruned.trainer.max_epochs 3. "
@@ -371,7 +471,7 @@ def parse_arguments(args: list[str] | None) -> Run:
     )
     parser.add_argument("--weights", type=Path, help="public RetinaFace weights (.pth) or a checkpoint (.ckpt)")
     parser.add_argument("--out", type=Path, help="the run's folder (default: runs/<recipe>)")
-    known, overrides = parser.parse_known_args(args)
+    known, overrides = parser.parse_known_args(words)
     recipe = load_recipe(known.recipe)
     name = known.recipe.stem
     uses_weights = any("${weights}" in str(value) for stage in recipe.stages for value in stage.options.values())
@@ -381,7 +481,21 @@ def parse_arguments(args: list[str] | None) -> Run:
         raise InputError(f"recipe {name}: starts from trained weights; give them with --weights FILE")
     out = known.out or Path("runs") / name
     root = known.root or Path(recipe.root)
-    run = Run(name, recipe, out.resolve(), root.resolve(), known.weights and known.weights.resolve(), overrides)
+    run = Run(
+        name,
+        recipe,
+        out.resolve(),
+        root.resolve(),
+        known.weights and known.weights.resolve(),
+        overrides,
+        command=shlex.join(["python", program, *words]),
+        text=known.recipe.read_text(encoding="utf-8"),
+        words=words,
+        cluster=cluster,
+    )
+    names = [*(stage.name for stage in recipe.stages), REPORT]
+    if cluster.only is not None and cluster.only not in names:
+        raise InputError(f"--only {cluster.only}: recipe {name} has no such stage; expected one of {', '.join(names)}")
     for stage in recipe.stages:
         run.arguments(stage)  # names unknown placeholders now, not when the stage comes
     return run
@@ -397,7 +511,11 @@ def main(args: list[str] | None = None) -> None:
         SystemExit: With status 2 and a one-line message when the input is wrong; with a stage's own status if it fails.
     """
     try:
-        run_recipe(parse_arguments(args))
+        run = parse_arguments(args)
+        if run.cluster.submit:
+            submit_recipe(run)
+        else:
+            run_recipe(run)
     except InputError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)

@@ -7,6 +7,7 @@ Trainer, can be set in a YAML file or on the command line; see ``python train.py
 import logging
 import sys
 import warnings
+from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -17,8 +18,8 @@ from typing_extensions import override
 import callbacks  # noqa: F401  so that their classes can be named in a configuration
 import datamodules  # noqa: F401
 import lightning_modules  # noqa: F401
-from retinaface.errors import InputError, find_input_error, one_line
-from retinaface.model.checkpoints import read_torch_file
+from lightning_modules.checkpoint_io import check_resumable, newest_checkpoint
+from retinaface.errors import find_input_error, one_line
 
 # Warnings that ask for nothing, and why; all others are shown.
 _HARMLESS = (
@@ -42,28 +43,22 @@ class RetinaFaceCLI(LightningCLI):
         super().parse_arguments(parser, args)
         path = self.config[self.config.subcommand].get("ckpt_path")
         if path not in (None, "best", "last", "hpc"):
-            _check_resumable(path)
+            check_resumable(path)
 
     def before_fit(self) -> None:
         """Tells the trainer now what it goes on from, so that callbacks know in their ``setup``; it would later.
 
-        Lightning has no public function for what ``last`` and a requeued cluster job go on from.
+        ``last`` is the newest checkpoint that can be read, the one of a requeued cluster job included; Lightning would
+        take the newest, and has no public function for what it would take.
         """
         arguments = self.config_init[self.config_init.subcommand]
+        folder = arguments.checkpoint.dirpath
+        if arguments.ckpt_path == "last" and folder is not None:
+            arguments.ckpt_path = newest_checkpoint(Path(folder))
         self.trainer.ckpt_path = self.trainer._checkpoint_connector._select_ckpt_path(
             TrainerFn.FITTING, arguments.ckpt_path, model_provided=True, model_connected=False
         )
         arguments.ckpt_path = None
-
-
-def _check_resumable(path: str) -> None:
-    """Lightning would answer a foreign file with a traceback."""
-    content = read_torch_file(path)
-    if not isinstance(content, dict) or not {"structure", "pytorch-lightning_version"} <= content.keys():
-        raise InputError(
-            f"{path}: not a checkpoint that train.py saved, and --ckpt_path goes on only from those; give weights to "
-            "start from with --model.init_args.weights"
-        )
 
 
 def main(args: list[str] | None = None) -> RetinaFaceCLI:

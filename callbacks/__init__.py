@@ -7,6 +7,7 @@ from callbacks.nan_guard import NanGuard
 from callbacks.post_training_quantization import PostTrainingQuantization
 from callbacks.pruning import ChannelPruning
 from callbacks.quantization import QuantizationAwareTraining
+from callbacks.requeue import Requeue
 from callbacks.sparsity import SparsityRegularization
 from callbacks.weight_averaging import WeightAveraging
 
@@ -18,6 +19,7 @@ __all__ = [
     "NanGuard",
     "PostTrainingQuantization",
     "QuantizationAwareTraining",
+    "Requeue",
     "SparsityRegularization",
     "WeightAveraging",
 ]

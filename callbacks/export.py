@@ -1,27 +1,70 @@
 """Writes the ONNX file when a stage is done."""
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from typing_extensions import override
 
 from lightning_modules import RetinaFaceModule
+from retinaface.data.annotations import evenly_spread
 from retinaface.delivery.export import export_onnx
+from retinaface.delivery.onnx_forms import Form, Input, OnnxSettings
+
+_PHOTOS = 2
+_AP = "val/ap_"
 
 
 class ExportOnnx(L.Callback):
     """Exports the trained network at the end of a fit: float, or INT8 after quantization-aware training.
 
+    Recipes and reports evaluate ``model.onnx``, so its form should stay ``raw``; for another form too, add a second
+    ``ExportOnnx`` with a ``path``. The file says on which data root the network was trained and what AP the fit's last
+    validation measured, and is compared with torch on noise and two validation photos.
+
     Args:
         path: The ONNX file to write; by default ``model.onnx`` in the trainer's root folder.
+        form: ``raw`` outputs, ``decoded`` boxes, scores and landmarks of every anchor, or faces, ``end_to_end``.
+        input: ``normalized``: float32 minus the mean colour; ``uint8``: the picture itself.
+        size: Height and width in pixels that the file takes; None for any.
+        batch: Pictures per call that the file takes; None for any number.
+        score_threshold: ``end_to_end``: faces with a lower score are dropped.
+        nms_threshold: ``end_to_end``: of two boxes with a higher IoU the lower-scored one is dropped.
+
+    Raises:
+        InputError: A setting is out of range.
     """
 
-    def __init__(self, path: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str | None = None,
+        form: Form = "raw",
+        input: Input = "normalized",
+        size: tuple[int, int] | None = None,
+        batch: int | None = None,
+        score_threshold: float = 0.5,
+        nms_threshold: float = 0.4,
+    ) -> None:
         self.path = path
+        self.settings = OnnxSettings(form, input, size, batch, score_threshold, nms_threshold)
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, RetinaFaceModule)
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        export_onnx(pl_module.network, Path(self.path or Path(trainer.default_root_dir) / "model.onnx"))
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        root = getattr(data, "root", None)
+        export_onnx(
+            pl_module.network,
+            Path(self.path or Path(trainer.default_root_dir) / "model.onnx"),
+            self.settings,
+            photos=[sample.path for sample in evenly_spread(getattr(data, "val_samples", []), _PHOTOS)],
+            trained_on=None if root is None else Path(root).resolve().name,
+            average_precision={
+                name.removeprefix(_AP): round(float(value), 4)
+                for name, value in trainer.callback_metrics.items()
+                if name.startswith(_AP)
+            }
+            or None,
+        )

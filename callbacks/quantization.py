@@ -109,6 +109,7 @@ class QuantizationAwareTraining(L.Callback):
         self.threads = threads
         self.freeze_at = freeze_at
         self.freeze_statistics_at = freeze_at if freeze_statistics_at is None else freeze_statistics_at
+        self._done = 0.0  # share of the fit when its current epoch began
         for name in ("freeze_at", "freeze_statistics_at"):
             if not 0 < getattr(self, name) <= 1:
                 raise InputError(
@@ -156,10 +157,25 @@ class QuantizationAwareTraining(L.Callback):
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module.network, FakeQuantizedRetinaFace)
-        done = trainer.global_step / trainer.estimated_stepping_batches  # infinite without a limit
-        pl_module.network.ranges_frozen = done >= self.freeze_at
-        pl_module.network.statistics_frozen = done >= self.freeze_statistics_at
+        self._done = trainer.global_step / trainer.estimated_stepping_batches  # infinite without a limit
+        self._freeze(pl_module)
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._freeze(pl_module)  # for a fit that goes on within an epoch, which does not start again
+
+    def _freeze(self, module: L.LightningModule) -> None:
+        assert isinstance(module.network, FakeQuantizedRetinaFace)
+        module.network.ranges_frozen = self._done >= self.freeze_at
+        module.network.statistics_frozen = self._done >= self.freeze_statistics_at
+
+    @override
+    def state_dict(self) -> dict[str, float]:
+        return {"done": self._done}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self._done = state_dict["done"]
 
 
 def _report(trial: Trial) -> None:

@@ -6,9 +6,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from itertools import islice
+from inspect import Parameter, signature
+from itertools import islice, product
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import docstring_parser
 from jsonargparse import ArgumentParser
@@ -21,29 +22,61 @@ _console = Console(markup=False, highlight=False, soft_wrap=True)
 
 
 def detect(
-    model: Path, images: list[Path], out: Path = Path("detections"), score: float = 0.5, nms: float = 0.4
+    model: Path,
+    sources: list[Path],
+    out: Path = Path("detections"),
+    score: float = 0.5,
+    nms: float = 0.4,
+    frames: int | None = None,
+    runtime: Literal["auto", "torch", "onnxruntime", "openvino"] = "auto",
+    providers: list[str] | None = None,
+    device: str | None = None,
+    threads: int | None = None,
 ) -> None:
-    """Find faces in photos: annotated copies and detections.json.
+    """Find faces in photos, videos or what a camera sees: annotated copies, detections.json and detections.csv.
 
-    Example: python -m retinaface detect int8.onnx photo.jpg another.jpg --out found
+    What cannot be read is named and skipped; the command then ends with status 2.
+
+    Example: python -m retinaface detect int8.onnx photo.jpg folder "more/**/*.png" film.mp4 --out found
 
     Args:
         model: Detector (.pth, .ckpt or .onnx).
-        images: Photos.
+        sources: Photos, videos, folders (with all below them), patterns in quotes, or the number of a camera, which
+            Ctrl-C stops.
         out: Folder to write to.
         score: Faces with a lower score are dropped.
-        nms: Of two boxes with a higher overlap (IoU) the lower-scored one is dropped.
+        nms: Of two boxes with a higher overlap (IoU) the one with the lower score is dropped.
+        frames: Of a video or camera, look at this many frames at most.
+        runtime: What runs the model; auto takes torch for .pth and .ckpt, ONNX Runtime for .onnx.
+        providers: ONNX Runtime's execution providers, the preferred one first, such as [CUDA] or [CoreML].
+        device: Where torch (cpu, cuda, mps) or OpenVINO (CPU, GPU) computes.
+        threads: Threads to compute with; by default one per CPU that this process may use, or the runtime's choice.
     """
-    from retinaface.delivery.detect import detect_files
+    from retinaface.delivery.detect import VideoDetections, detect_files
     from retinaface.delivery.runtime import load_detector
+    from retinaface.delivery.sources import find_sources
     from retinaface.evaluation.visualize import draw_detections
 
-    found, unreadable = detect_files(load_detector(model), images, out, draw_detections, score, nms)
-    for path, faces in found.items():
-        _console.print(f"{path}: {len(faces.scores)} faces")
+    if frames is not None:
+        _require_at_least({"frames": (frames, 1)})
+    detector = load_detector(model, threads, runtime=runtime, providers=providers, device=device)
+    there, empty = find_sources(list(map(str, sources)), out)
+    if not there:
+        raise InputError("; ".join(empty))
+    found, unreadable = detect_files(detector, there, out, draw_detections, score, nms, frames)
+    for source, each in found.items():
+        if isinstance(each, VideoDetections):
+            count = sum(len(faces.scores) for faces in each.frames)
+            _console.print(f"{source}: {count} faces in {len(each.frames)} frames")
+        else:
+            _console.print(f"{source}: {len(each.scores)} faces")
     _console.print(f"written to {out}")
-    if unreadable:
-        raise InputError(f"{len(unreadable)} of {len(images)} photos skipped: {'; '.join(unreadable)}")
+    unread = [*empty, *unreadable]
+    _print_list("NOT READ, or not to the end", unread, most=len(unread))
+    if unread:
+        raise InputError(
+            f"{len(unread)} of {len(there) + len(empty)} sources could not be read, or not to the end, as listed above"
+        )
 
 
 def evaluate(
@@ -95,50 +128,181 @@ def evaluate(
         send_to_wandb(wandb, facts, pictures)
 
 
-def export(ckpt: Path, out: Path) -> None:
+def export(
+    ckpt: Path,
+    out: Path,
+    form: Literal["raw", "decoded", "end_to_end"] = "raw",
+    input: Literal["normalized", "uint8"] = "normalized",
+    size: str | None = None,
+    batch: int | None = None,
+    score: float = 0.5,
+    nms: float = 0.4,
+    photos: Path | None = None,
+) -> None:
     """Write a checkpoint as ONNX, INT8 if it was trained for it, and check the file against torch.
 
-    Example: python -m retinaface export runs/own_photos/int8/checkpoints/last.ckpt --out int8.onnx
+    Example: python -m retinaface export last.ckpt --out faces.onnx --form end_to_end --input uint8
 
     Args:
         ckpt: Checkpoint (.ckpt) or public weights (.pth).
         out: The ONNX file to write.
+        form: What it gives: raw outputs, which the other commands take; boxes in pixels, scores and landmarks of every
+            anchor; or the faces that are left after score threshold and suppression.
+        input: What it takes, BGR in batch, channel, height, width: float32 minus the mean colour, or uint8 pictures.
+        size: Height and width in pixels that it takes, such as 480x640; by default any from 33.
+        batch: Pictures per call that it takes; by default any number.
+        score: For end_to_end: faces with a lower score are dropped.
+        nms: For end_to_end: of two boxes with a higher overlap (IoU) the lower-scored one is dropped.
+        photos: Photo, or folder of photos, to check the file on besides noise.
     """
     from retinaface.compression.structure import load_network
     from retinaface.delivery.export import export_onnx
+    from retinaface.delivery.onnx_forms import OnnxSettings
 
-    export_onnx(load_network(ckpt)[0], out)
+    settings = OnnxSettings(form, input, None if size is None else _height_and_width(size), batch, score, nms)
+    export_onnx(load_network(ckpt)[0], out, settings, [] if photos is None else _photos_in(photos))
     _console.print(f"written to {out} ({out.stat().st_size / 1e6:.2f} MB)")
 
 
+def web(model: Path, out: Path = Path("web"), runtime: Path | None = None) -> None:
+    """Write a static page that runs a detector in the visitor's browser: drop a photo, or use the camera.
+
+    Any static server can offer the folder, without a network too; nothing that is looked at leaves the browser.
+
+    Example: python -m retinaface web int8.onnx --out page
+
+    Args:
+        model: ONNX file with raw outputs, as export writes it by default.
+        out: Folder to write; a page that was written before is replaced.
+        runtime: Folder of the unpacked npm package onnxruntime-web; by default npm downloads it.
+    """
+    from retinaface.delivery.web import write_page
+
+    write_page(model, out, runtime)
+    megabytes = sum(file.stat().st_size for file in out.iterdir()) / 1e6
+    _console.print(f"written to {out} ({megabytes:.1f} MB); look at it with: python -m http.server --directory {out}")
+
+
 def benchmark(
-    baseline: Path,
-    candidates: list[Path],
-    size: int = 640,
-    threads: int | None = None,
+    models: list[Path],
+    runtime: tuple[Literal["onnxruntime", "openvino", "torch"], ...] = (),
+    size: tuple[int, ...] = (640,),
+    batch: tuple[int, ...] = (1,),
+    threads: tuple[int, ...] = (),
     warmup: int = 10,
     rounds: int = 100,
     json: Path | None = None,
+    markdown: Path | None = None,
+    plot: Path | None = None,
 ) -> None:
-    """Time ONNX models in ONNX Runtime, in turns, against a baseline.
+    """Time models in runtimes, in turns, at every combination of size, batch and threads; file size and peak memory.
 
-    Example: python -m retinaface benchmark teacher.onnx pruned.onnx int8.onnx --size 640 --threads 2
+    The ratios are to the first model in its first runtime. With several runtimes, each model in its fastest one is
+    also compared with the first model in its own: the choice that a user has.
+
+    Example: python -m retinaface benchmark teacher.onnx pruned.onnx int8.onnx --size 320 640 --threads 1 2
 
     Args:
-        baseline: ONNX file that the others are compared with.
-        candidates: ONNX files.
-        size: Side of the picture in pixels.
-        threads: Threads to compute with; by default every physical core that this process may use.
+        models: ONNX files, and for torch checkpoints (.ckpt, .pth); the first is what the others are compared with.
+        runtime: What runs them; by default each one that is installed and takes a file of their kind.
+        size: Sides of the picture in pixels.
+        batch: Numbers of photos per call.
+        threads: Numbers of threads to compute with; by default one per physical core that this process may use.
         warmup: Rounds before the timing starts.
+        rounds: Rounds timed, per combination.
+        json: Also write the figures to this file.
+        markdown: Also write them to this file as text.
+        plot: Also plot the times to this file (.png, .svg, .pdf).
+    """
+    from retinaface.cpus import physical_cores
+    from retinaface.evaluation.benchmark import machine_facts, time_in_turns
+    from retinaface.evaluation.benchmark_text import (
+        benchmark_markdown,
+        benchmark_table,
+        describe_fastest,
+        describe_rounds,
+        footprint_table,
+    )
+    from retinaface.evaluation.footprint import measure_footprints
+    from retinaface.evaluation.raw_call import usable_runtimes
+    from retinaface.evaluation.visualize import plot_benchmark
+
+    runtimes, counts = runtime or usable_runtimes(models), threads or (physical_cores(),)
+    every = []
+    for side, photos, count in product(size, batch, counts):
+        every.append(time_in_turns(models, runtimes, side, count, warmup, rounds, photos))
+        _console.print(benchmark_table(every[-1]))
+        for sentence in describe_fastest(every[-1]):
+            _console.print(sentence)
+    footprints = measure_footprints(models, runtimes, max(size), max(batch), max(counts))
+    conditions = f"at {max(batch)}x3x{max(size)}x{max(size)} with {max(counts)} threads, each in a fresh process"
+    _console.print(footprint_table(footprints, f"File size, and peak memory {conditions}"))
+    machine = machine_facts()
+    figures = {
+        "timings": [asdict(timing) for each in every for timing in each.timings()],
+        "fastest": [asdict(timing) for each in every for timing in each.fastest()],
+        "footprints": [{**asdict(each), "size": max(size), "batch": max(batch)} for each in footprints],
+    }
+    _write_json(json, {"machine": machine, **figures})
+    if markdown is not None:
+        _write_text(markdown, benchmark_markdown(every, footprints, conditions, machine), "--markdown")
+    if plot is not None:
+        plot_benchmark({describe_rounds(each): each.timings() for each in every}, plot)
+
+
+def throughput(
+    model: Path,
+    batches: list[int] | None = None,
+    callers: list[int] | None = None,
+    threads: list[int] | None = None,
+    size: int = 640,
+    photos: int = 16,
+    rounds: int = 10,
+    runtime: Literal["auto", "torch", "onnxruntime", "openvino"] = "auto",
+    providers: list[str] | None = None,
+    device: str | None = None,
+    json: Path | None = None,
+) -> None:
+    """Measure photos per second, from photos in memory to faces: photos per call by callers at once.
+
+    Example: python -m retinaface throughput int8.onnx --batches [1,4] --callers [1,2] --threads [1,2]
+
+    Args:
+        model: Detector (.pth, .ckpt or .onnx).
+        batches: Numbers of photos per call; by default 1, 2, 4 and 8.
+        callers: Numbers of threads that call the detector at once; by default 1, 2 and 4.
+        threads: Numbers of threads that the runtime computes with; by default 1 and one per physical core, for torch,
+            which takes one number only, the latter.
+        size: Side in pixels of the photos, which are rendered.
+        photos: Photos per combination and round, at least.
         rounds: Rounds timed.
+        runtime: What runs the model; auto takes torch for .pth and .ckpt, ONNX Runtime for .onnx.
+        providers: ONNX Runtime's execution providers, the preferred one first, such as [CUDA] or [CoreML].
+        device: Where torch (cpu, cuda, mps) or OpenVINO (CPU, GPU) computes.
         json: Also write the figures to this file.
     """
-    from retinaface.evaluation.benchmark import benchmark as measure
-    from retinaface.evaluation.benchmark import benchmark_table, machine_facts
+    from retinaface.cpus import physical_cores
+    from retinaface.delivery.runtime import load_detector
+    from retinaface.evaluation.benchmark import machine_facts
+    from retinaface.evaluation.throughput import measure_throughput, throughput_table
 
-    timings = measure([baseline, *candidates], size, threads, warmup, rounds)
-    _console.print(benchmark_table(timings))
-    _write_json(json, {"machine": machine_facts(), "timings": [asdict(timing) for timing in timings]})
+    batches, callers = batches or [1, 2, 4, 8], callers or [1, 2, 4]
+    threads = threads or sorted({1, physical_cores()} if model.suffix == ".onnx" else {physical_cores()})
+    least = {"batches": min(batches), "callers": min(callers), "threads": min(threads)}
+    _require_at_least({name: (value, 1) for name, value in {**least, "photos": photos, "rounds": rounds}.items()})
+    _require_at_least({"size": (size, 64)})
+    results = measure_throughput(
+        lambda count: load_detector(model, count, runtime=runtime, providers=providers, device=device),
+        batches,
+        callers,
+        threads,
+        size,
+        photos,
+        rounds,
+    )
+    _console.print(throughput_table(results, f"{model.name}, {size}x{size}"))
+    facts = {"machine": machine_facts(), "model": str(model), "size": size}
+    _write_json(json, {**facts, "results": list(map(asdict, results))})
 
 
 def describe(ckpt: Path, size: int = 640, json: Path | None = None) -> None:
@@ -398,6 +562,24 @@ def make_synthetic(out: Path, train: int, val: int, size: int = 640, seed: int =
         _console.print(f"written to {out} in {seconds:.1f} s ({(train + val) / seconds:.0f} photos/s)")
 
 
+def _height_and_width(size: str) -> tuple[int, int]:
+    height, _, width = size.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise InputError(f"--size: expected height x width in pixels, such as 480x640, found {size}")
+    return int(height), int(width)
+
+
+def _photos_in(place: Path) -> list[Path]:
+    from retinaface.data.annotations import IMAGE_SUFFIXES
+
+    if not place.is_dir():
+        return [place]
+    found = sorted(path for path in place.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not found:
+        raise InputError(f"--photos: {place} holds no photos; give a photo, or the folder that they are in")
+    return found
+
+
 def _require_at_least(limits: dict[str, tuple[int, int]]) -> None:
     for name, (value, least) in limits.items():
         if value < least:
@@ -406,19 +588,26 @@ def _require_at_least(limits: dict[str, tuple[int, int]]) -> None:
 
 def _write_json(path: Path | None, content: dict[str, Any]) -> None:
     if path is not None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --json") from error
+        _write_text(path, json.dumps(content, indent=2) + "\n", "--json")
 
 
-# Each command, and its required arguments with the number of values they take; those without dashes go by position.
+def _write_text(path: Path, text: str, option: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another {option}") from error
+
+
+# Each command, and its arguments that are required or take several values without brackets, with the number of values;
+# those without dashes go by position.
 COMMANDS: dict[str, tuple[Callable[..., None], dict[str, str | None]]] = {
-    "detect": (detect, {"model": None, "images": "+"}),
+    "detect": (detect, {"model": None, "sources": "+"}),
     "evaluate": (evaluate, {"model": None}),
     "export": (export, {"ckpt": None}),
-    "benchmark": (benchmark, {"baseline": None, "candidates": "+"}),
+    "web": (web, {"model": None}),
+    "benchmark": (benchmark, {"models": "+", "--runtime": "+", "--size": "+", "--batch": "+", "--threads": "+"}),
+    "throughput": (throughput, {"model": None}),
     "describe": (describe, {"ckpt": None}),
     "sensitivity": (sensitivity, {"model": None}),
     "show-batch": (show_batch, {"--config": "+"}),
@@ -433,21 +622,25 @@ def _parser() -> ArgumentParser:
     """Every command's arguments are those of its function; its help is the docstring."""
     parser = ArgumentParser(prog="python -m retinaface", description="Use, measure and deliver a RetinaFace detector.")
     subcommands = parser.add_subcommands(dest="command")
-    for name, (function, required) in COMMANDS.items():
+    for title, (function, listed) in COMMANDS.items():
         docstring = docstring_parser.parse(function.__doc__ or "")
         command = ArgumentParser(description=f"{docstring.short_description} {docstring.long_description}")
-        for argument, count in required.items():
-            parameter = argument.removeprefix("--")
-            description = next(param.description for param in docstring.params if param.arg_name == parameter)
-            flags = {"required": True} if argument.startswith("--") else {}
-            command.add_argument(argument, type=Path, nargs=count, help=description, **flags)
+        for argument, count in listed.items():
+            name = argument.removeprefix("--")
+            description = next(param.description for param in docstring.params if param.arg_name == name)
+            kind, default = get_type_hints(function)[name], signature(function).parameters[name].default
+            flags: dict[str, Any] = {"required": True} if argument.startswith("--") else {}
+            if default is not Parameter.empty:
+                flags = {"default": list(default)}
+            kind = get_args(kind)[0] if count else kind
+            command.add_argument(argument, type=kind, nargs=count, help=description, **flags)
         if "purpose" in get_type_hints(function):  # no parameter can be called `for`
             description = next(param.description for param in docstring.params if param.arg_name == "purpose")
             kind = get_type_hints(function)["purpose"]
             command.add_argument("--for", dest="purpose", type=kind, required=True, help=description)
-        skip: set[str | int] = {"purpose", *(arg.removeprefix("--") for arg in required)}
+        skip: set[str | int] = {"purpose", *(arg.removeprefix("--") for arg in listed)}
         command.add_function_arguments(function, skip=skip, as_group=False)
-        subcommands.add_subcommand(name, command, help=docstring.short_description)
+        subcommands.add_subcommand(title, command, help=docstring.short_description)
     return parser
 
 

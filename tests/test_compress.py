@@ -70,7 +70,7 @@ class FakeTraining:
         if folder.name == self.refused_in:
             raise subprocess.CalledProcessError(2, command)
         checkpoint = folder / "checkpoints" / "last.ckpt"
-        assert not resumed or resumed == [f"--ckpt_path={checkpoint}"]
+        assert not resumed or (resumed == ["--ckpt_path=last"] and checkpoint.is_file())
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_text("state")
         if folder.name == self.cut_off_in:
@@ -420,10 +420,11 @@ def test_two_stages_from_photos_to_report(tmp_path):
     result = run_compress(write_recipe(tmp_path, stages=stages, size=64), "--out", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert str(tmp_path / "out" / "report.md") in result.stdout
+    assert str(tmp_path / "out" / "report.html") in result.stdout
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("teacher", "int8", "teacher.onnx", "int8.onnx", "run.json"),
         *("report.json", "report.md", "report.png", "precision_recall.png", "ap_by_size.png", "worst_photos.png"),
-        "kept_channels.png",
+        *("kept_channels.png", "report.html"),
     }
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert {"recipe", "machine", "models", "retention", "speedup"} <= report.keys()
@@ -469,8 +470,12 @@ def test_quickstart_from_start_to_report(tmp_path):
 def test_weights_that_teach_are_the_first_model_of_the_report(tiny_checkpoint, tiny_root, tmp_path, monkeypatch):
     seen = {}
 
-    def build_report(out, name, checkpoints, root, size, labels):
+    def build_report(out, name, checkpoints, root, size, labels, reproduction):
         seen[name] = (list(checkpoints), labels)
+        assert reproduction.recipe == (RECIPES / f"{name}.yaml").read_text()
+        assert reproduction.command.startswith(f"python compress.py {RECIPES / name}.yaml --data.root ")
+        assert list(reproduction.seeds) == list(checkpoints)[-len(reproduction.seeds) :]
+        assert set(reproduction.seeds.values()) == {0}
         return {"retention": None, "speedup": 1.5, "models": [{"agreement": 0.97}]}
 
     monkeypatch.setattr("retinaface.evaluation.report.build_report", build_report)
@@ -480,7 +485,7 @@ def test_weights_that_teach_are_the_first_model_of_the_report(tiny_checkpoint, t
         path.write_text(type(network).__name__)
 
     monkeypatch.setattr("retinaface.delivery.export.export_onnx", export_onnx)
-    monkeypatch.setattr("retinaface.evaluation.report.report_table", lambda report: "")
+    monkeypatch.setattr("retinaface.evaluation.report_text.report_table", lambda report: "")
     for recipe in ("distill_only", "own_photos"):
         path, out = RECIPES / f"{recipe}.yaml", tmp_path / recipe
         arguments = ["--data.root", str(tiny_root), "--weights", str(tiny_checkpoint), "--out", str(out)]
@@ -518,3 +523,23 @@ def test_photos_without_labels_from_start_to_report(tiny_checkpoint, tiny_root, 
 )  # fmt: skip
 def test_the_last_wish_to_download_counts(arguments, wanted):
     assert compress._switched_on(["fit", "--config", "x.yaml", *arguments], "download", default=False) is wanted
+
+
+def test_the_last_seed_counts(tmp_path):
+    (tmp_path / "a.yaml").write_text("seed_everything: 1")
+    (tmp_path / "b.yaml").write_text("model: {}")
+    (tmp_path / "empty.yaml").write_text("")
+    files = [word for name in ("a", "b", "empty") for word in ("--config", str(tmp_path / f"{name}.yaml"))]
+    assert compress._seed(["fit", "--data.init_args.root=x"]) is None
+    assert compress._seed(["fit", *files]) == 1
+    assert compress._seed(["fit", *files, "--seed_everything=7"]) == 7
+    assert compress._seed(["fit", "--seed_everything", "7", *files]) == 1
+    assert compress._seed(["fit", *files, "--seed_everything", "true"]) is True
+
+
+def test_the_command_is_kept_as_typed(tmp_path, monkeypatch):
+    given = [str(write_recipe(tmp_path)), "--out", "a folder", "--trainer.max_epochs=1"]
+    command = f"python compress.py {given[0]} --out 'a folder' --trainer.max_epochs=1"
+    assert compress.parse_arguments(given).command == command
+    monkeypatch.setattr(sys, "argv", ["compress.py", *given])
+    assert compress.parse_arguments(None).command == command

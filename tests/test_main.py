@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 
 import cv2
 import numpy as np
@@ -7,6 +8,8 @@ from scipy.io import savemat
 
 from retinaface.__main__ import COMMANDS, main
 from retinaface.data.annotations import load_split
+from retinaface.delivery.onnx_forms import OnnxSettings
+from retinaface.evaluation.footprint import Footprint
 from retinaface.evaluation.mixed_precision import MixedPrecision, Trial
 from retinaface.evaluation.sensitivity import GroupSensitivity, Point, Sensitivity
 from retinaface.evaluation.visualize import GREEN
@@ -85,7 +88,7 @@ def test_detect(checkpoint_files, tmp_path, capsys):
     assert len(content[str(photo)]["scores"]) > 0
     text = capsys.readouterr().out
     assert f"{photo}: {len(content[str(photo)]['scores'])} faces" in text
-    assert {path.name for path in out.iterdir()} == {"a.jpg", "b.jpg", "detections.json"}
+    assert {path.name for path in out.iterdir()} == {"a.jpg", "b.jpg", "detections.json", "detections.csv"}
 
 
 def test_detect_thresholds(checkpoint_files, tmp_path):
@@ -100,14 +103,39 @@ def test_detect_thresholds(checkpoint_files, tmp_path):
 
 
 def test_detect_names_what_it_skipped_after_the_rest_is_done(checkpoint_files, tmp_path, capsys):
-    photo = write_photo(tmp_path / "good.jpg")
-    truncated = tmp_path / "truncated.jpg"
+    photo = write_photo(tmp_path / "photos" / "good.jpg")
+    truncated = tmp_path / "photos" / "truncated.jpg"
     truncated.write_bytes(photo.read_bytes()[:-500])
     out = tmp_path / "out"
-    line = fails(capsys, "detect", checkpoint_files["public"], truncated, photo, "--out", out)
-    assert "1 of 2 photos skipped" in line
-    assert "truncated.jpg" in line
+    with pytest.raises(SystemExit) as stop:
+        main(["detect", *map(str, (checkpoint_files["public"], tmp_path / "photos", tmp_path / "*.png", "--out", out))])
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.err == "error: 2 of 3 sources could not be read, or not to the end, as listed above\n"
+    assert f"NOT READ, or not to the end (2):\n  {tmp_path / '*.png'}: no photo or video there" in captured.out
+    assert f"  {truncated}: truncated or not a picture" in captured.out
     assert list(json.loads((out / "detections.json").read_text())) == [str(photo)]
+
+
+def test_detect_in_nothing(checkpoint_files, tmp_path, capsys):
+    line = fails(capsys, "detect", checkpoint_files["public"], tmp_path, "--out", tmp_path / "out")
+    assert f"{tmp_path}: no photo or video there" in line
+    assert list(tmp_path.iterdir()) == []
+    assert "--frames: expected at least 1" in fails(capsys, "detect", checkpoint_files["public"], "0", "--frames", "0")
+
+
+def test_detect_in_a_video_in_a_runtime_of_choice(onnx_file, checkpoint_files, tmp_path, capsys):
+    writer = cv2.VideoWriter(str(tmp_path / "film.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 10.0, (96, 64))
+    for seed in range(3):
+        writer.write(np.random.default_rng(seed).integers(0, 256, (64, 96, 3), dtype=np.uint8))
+    writer.release()
+    command = ["detect", str(onnx_file), str(tmp_path / "film.avi"), "--out", str(tmp_path / "out"), "--frames", "2"]
+    main([*command, "--runtime", "onnxruntime", "--providers", "[CPU]", "--threads", "1", "--score", "0.3"])
+    frames = json.loads((tmp_path / "out" / "detections.json").read_text())[str(tmp_path / "film.avi")]["frames"]
+    count = sum(len(frame["scores"]) for frame in frames)
+    assert f"film.avi: {count} faces in 2 frames" in capsys.readouterr().out
+    assert "torch does not run ONNX files" in fails(capsys, *command, "--runtime", "torch")
+    assert "toaster" in fails(capsys, "detect", checkpoint_files["public"], "a.jpg", "--device", "toaster")
 
 
 def test_evaluate(onnx_file, root, tmp_path, capsys):
@@ -150,6 +178,47 @@ def test_export(checkpoint_files, onnx_file, quick_export, tmp_path, capsys):
     assert f"written to {out}" in capsys.readouterr().out
 
 
+def test_export_of_another_form(checkpoint_files, tmp_path, monkeypatch):
+    calls = []
+
+    def export(network, path, settings, photos):
+        calls.append((settings, photos))
+        path.touch()
+
+    monkeypatch.setattr("retinaface.delivery.export.export_onnx", export)
+    command = ["export", str(checkpoint_files["float"]), "--out", str(tmp_path / "x.onnx")]
+    photos = [write_photo(tmp_path / "photos" / name) for name in ("a.jpg", "b.png")]
+    (tmp_path / "photos" / "notes.txt").touch()
+    form = ["--form=end_to_end", "--input=uint8", "--size=480x640", "--batch=2", "--score=0.3", "--nms=0.5"]
+    main([*command, *form, "--photos", str(tmp_path / "photos")])
+    main([*command, "--photos", str(photos[1])])
+    assert [(asdict(settings), found) for settings, found in calls] == [
+        (
+            {
+                "form": "end_to_end",
+                "input": "uint8",
+                "size": (480, 640),
+                "batch": 2,
+                "score_threshold": 0.3,
+                "nms_threshold": 0.5,
+            },
+            photos,
+        ),
+        (asdict(OnnxSettings()), photos[1:]),
+    ]
+
+
+@pytest.mark.parametrize("size", ["640", "480x", "axb", "480x640x3"])
+def test_export_of_no_size(checkpoint_files, size, tmp_path, capsys):
+    line = fails(capsys, "export", checkpoint_files["float"], "--out", tmp_path / "x.onnx", "--size", size)
+    assert f"--size: expected height x width in pixels, such as 480x640, found {size}" in line
+
+
+def test_export_with_a_folder_without_photos(checkpoint_files, tmp_path, capsys):
+    line = fails(capsys, "export", checkpoint_files["float"], "--out", tmp_path / "x.onnx", "--photos", tmp_path)
+    assert f"--photos: {tmp_path} holds no photos" in line
+
+
 def test_evaluate_gives_the_same_for_checkpoint_and_export(checkpoint_files, onnx_file, root, tmp_path):
     figures = []
     for model in (checkpoint_files["float"], onnx_file):
@@ -158,14 +227,48 @@ def test_evaluate_gives_the_same_for_checkpoint_and_export(checkpoint_files, onn
     assert figures[0] == pytest.approx(figures[1], abs=1e-3)
 
 
-def test_benchmark(onnx_file, tmp_path):
-    settings = ["--size=32", "--threads=1", "--warmup=0", "--rounds=3", f"--json={tmp_path / 'times.json'}"]
-    main(["benchmark", str(onnx_file), str(onnx_file), str(onnx_file), *settings])
-    facts = json.loads((tmp_path / "times.json").read_text())
-    assert [timing["model"] for timing in facts["timings"]] == [str(onnx_file)] * 3
-    assert facts["timings"][0]["ratio"] == 1
-    assert facts["timings"][1]["size"] == 32
+def test_benchmark(onnx_file, checkpoint_files, tmp_path, capsys, monkeypatch):
+    def pretend(models, runtimes, size, batch, threads):  # the real one starts processes, and has a test of its own
+        return [Footprint(str(model), "torch", 1000, size * batch * threads) for model in models]
+
+    monkeypatch.setattr("retinaface.evaluation.footprint.measure_footprints", pretend)
+    models = [str(checkpoint_files["float"]), str(onnx_file)]
+    settings = ["--runtime", "onnxruntime", "torch", "--size", "32", "64", "--batch", "2", "--threads", "1"]
+    files = {option: tmp_path / f"times.{option}" for option in ("json", "markdown", "png")}
+    outputs = ["--json", str(files["json"]), "--markdown", str(files["markdown"]), "--plot", str(files["png"])]
+    main(["benchmark", *models, *settings, "--warmup", "0", "--rounds", "3", *outputs])
+    facts = json.loads(files["json"].read_text())
+    pairs = [(models[0], "torch"), (models[1], "onnxruntime")]
+    assert [(each["model"], each["runtime"]) for each in facts["timings"]] == pairs * 2
+    assert [(each["model"], each["runtime"]) for each in facts["fastest"]] == pairs * 2
+    assert [(each["size"], each["batch"], each["ratio"] == 1) for each in facts["timings"]] == [
+        (32, 2, True),
+        (32, 2, False),
+        (64, 2, True),
+        (64, 2, False),
+    ]
+    assert [(each["peak_bytes"], each["size"]) for each in facts["footprints"]] == [(128, 64)] * 2
     assert facts["machine"]["cores"] >= 1
+    text = capsys.readouterr().out
+    assert "2x3x64x64, 1 thread" in text
+    assert "Each in its fastest runtime" in text
+    assert "peak memory MB" in files["markdown"].read_text()
+    assert files["png"].stat().st_size > 5000
+
+
+def test_throughput(onnx_file, checkpoint_files, tmp_path, capsys):
+    settings = ["--size=64", "--photos=2", "--rounds=2", "--batches=[1,2]", "--callers=[1,2]", "--threads=[1]"]
+    main(["throughput", str(onnx_file), *settings, f"--json={tmp_path / 'throughput.json'}"])
+    facts = json.loads((tmp_path / "throughput.json").read_text())
+    assert [(each["batch"], each["callers"]) for each in facts["results"]] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert (facts["model"], facts["size"]) == (str(onnx_file), 64)
+    assert {each["runtime"] for each in facts["results"]} == {"onnxruntime"}
+    assert facts["machine"]["cores"] >= 1
+    assert "2 callers" in capsys.readouterr().out
+    assert "--batches: expected at least 1, found 0" in fails(capsys, "throughput", onnx_file, "--batches=[1,0]")
+    assert "--size: expected at least 64" in fails(capsys, "throughput", onnx_file, "--size=32")
+    line = fails(capsys, "throughput", checkpoint_files["public"], "--threads=[1,2]")
+    assert "threads: torch has one number for the whole process" in line
 
 
 @pytest.mark.parametrize("name", ["public", "pruned", "int8"])
@@ -313,7 +416,7 @@ def test_make_synthetic(tmp_path, capsys):
     ("args", "message"),
     [
         (["detect", "absent.pth", "photo.jpg"], "absent.pth: no such file"),
-        (["evaluate", "absent.onnx", "--root", "nowhere"], "absent.onnx: no such file"),
+        (["throughput", "absent.onnx"], "absent.onnx: no such file"),
         (["export", "absent.ckpt", "--out", "x.onnx"], "absent.ckpt: no such file"),
         (["benchmark", "absent.onnx", "other.onnx"], "absent.onnx"),
         (["wider-ap", "nowhere", "nowhere"], "nowhere: no such folder"),

@@ -83,7 +83,7 @@ def test_short_options_reach_the_stages_own_callback(tiny_root, tiny_checkpoint)
 @pytest.fixture
 def no_export(monkeypatch):
     """Takes seconds, and says nothing about what a test looks at."""
-    monkeypatch.setattr("callbacks.export.export_onnx", lambda network, path: None)
+    monkeypatch.setattr("callbacks.export.export_onnx", lambda *_, **__: None)
 
 
 def one_run_in(folder, epochs=1):
@@ -127,7 +127,7 @@ def test_last_checkpoint_is_the_newest_even_as_accuracy_falls(tiny_root, tmp_pat
     monkeypatch.setattr(WiderFaceAP, "compute", lambda self: {"all": torch.tensor(next(left))})
     cli = train.main(arguments(tiny_root, *TEACHER, more=one_run_in(tmp_path, epochs=3)))
     assert float(cli.trainer.callback_metrics["val/ap_all"]) == values[-1]
-    (file,) = (tmp_path / "checkpoints").iterdir()
+    (file,) = (tmp_path / "checkpoints").glob("*.ckpt")
     assert file.name == "last.ckpt"
     assert isinstance(cli.trainer.strategy.checkpoint_io, AtomicCheckpointIO)
     content = torch.load(file, weights_only=True)
@@ -144,7 +144,7 @@ def test_the_best_epoch_can_be_kept_instead(tiny_root, tmp_path, monkeypatch, no
     best = ["--checkpoint.monitor=val/ap_all", "--checkpoint.mode=max"]
     cli = train.main(arguments(tiny_root, *TEACHER, more=[*one_run_in(tmp_path, epochs=3), *best]))
     assert float(cli.trainer.checkpoint_callback.best_model_score) == pytest.approx(0.9)
-    (kept,) = (tmp_path / "checkpoints").iterdir()
+    (kept,) = (tmp_path / "checkpoints").glob("*.ckpt")
     assert torch.load(kept, weights_only=True)["epoch"] == 1
 
 

@@ -4,106 +4,232 @@ import json
 import logging
 import tempfile
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
 
+from retinaface import __version__
 from retinaface.compression.quantization import FakeQuantizedRetinaFace, convert
 from retinaface.compression.structure import Network
 from retinaface.cpus import saturates_int8
-from retinaface.data.annotations import MEAN_BGR
+from retinaface.data.annotations import MEAN_BGR, read_image
+from retinaface.delivery.onnx_forms import KEEP, RAW_NAMES, TRANSLATIONS, OnnxForm, OnnxSettings, decode
 from retinaface.delivery.session import open_session
 from retinaface.delivery.tensorrt import require_tensorrt_form
 from retinaface.errors import InputError
-from retinaface.model.network import DYNAMIC_SHAPE, Outputs, export_example
+from retinaface.model.boxes import VARIANCES
+from retinaface.model.network import DYNAMIC_SHAPE, Outputs, export_example, normalize, pad_small
 
 METADATA_KEY = "retinaface_slim"
 INPUT_NAME = "images"
-OUTPUT_NAMES = ("class_logits", "box_deltas", "landmark_deltas")
+OUTPUT_NAMES = RAW_NAMES
+OPSET = 18
+"""Version of ONNX's operations that files are written in: the one that torch's exporter is made for."""
+
+_LICENCE = "Apache-2.0"
+
+_SHORT_NAMES = {
+    "network.": "",
+    "dequantize_per_channel": "dqc",
+    "dequantize_per_tensor": "dq",
+    "quantize_per_tensor": "q",
+}
 
 # Largest difference between ONNX Runtime and torch. Float: of any number, relative to the spread of torch's output.
-# INT8: the mean, relative to what the rounding to INT8 costs: a value that falls on the other side of a rounding step
-# moves everything after it. On the public mobilenet0.25, on photos and noise, it was 0 to .3.
+# INT8: the mean over all pictures so far, relative to what the rounding to INT8 costs: a value that falls on the other
+# side of a rounding step moves everything after it. On the public mobilenet0.25, on photos and noise, it was 0 to .3.
 _FLOAT_TOLERANCE = 1e-3
 _INT8_TOLERANCE = 0.75
 
+# Largest difference of what is computed from the same raw outputs: of a score or pixel, and relative to the number.
+_STEP_TOLERANCE = (1e-3, 1e-4)
 
-def export_onnx(network: Network, path: Path) -> None:
-    """Writes a network as ONNX, with dynamic batch, height and width (33 pixels or more), and checks the file.
 
-    Input ``images (B, 3, H, W)`` float32 BGR minus the mean colour, as from
-    :func:`retinaface.model.network.normalize`; outputs ``class_logits``, ``box_deltas`` and ``landmark_deltas``.
-    Anchors and mean are in the file's metadata, with the precision, and for INT8 the backend and the bits of the
-    weights. A fake-quantized network is written with INT8 weights between QuantizeLinear and DequantizeLinear nodes.
+def export_onnx(
+    network: Network,
+    path: Path,
+    settings: OnnxSettings | None = None,
+    photos: Sequence[Path] = (),
+    trained_on: str | None = None,
+    average_precision: Mapping[str, float] | None = None,
+) -> None:
+    """Writes a network as ONNX in opset 18, and checks the file.
+
+    Input is ``images (B, 3, H, W)``; type and outputs are those of the settings, by default float32 BGR minus the mean
+    colour, as from :func:`retinaface.model.network.normalize`, with any batch, height and width (33 pixels or more),
+    and ``class_logits``, ``box_deltas`` and ``landmark_deltas``. A fake-quantized network is written with INT8 weights
+    between QuantizeLinear and DequantizeLinear nodes.
+
+    The metadata entry ``retinaface_slim`` is a JSON object: project ``version``, ``licence`` of the project's code,
+    ``opset``, ``form``, ``input`` (what to feed), ``size``, ``batch``, the ``network`` with its anchors and strides,
+    ``variances``, ``mean_bgr``, ``precision``; for INT8 ``backend`` and ``weight_bits``; for ``end_to_end`` the
+    thresholds; ``trained_on`` and ``average_precision`` where they are known.
+
+    The file is right when ONNX's checker and strict shape inference pass, ONNX Runtime's raw outputs are torch's, and
+    every later step gives what torch makes of the numbers that the step before gave in ONNX Runtime.
 
     Args:
         network: Float or fake-quantized; left as it was.
         path: File to write; appears only when complete and checked.
+        settings: Form, input and size; by default those above.
+        photos: Photos to compare on, besides noise; at their own size where the file takes any.
+        trained_on: What the network was trained on.
+        average_precision: What it reached there, subset to value.
 
     Raises:
-        InputError: The folder cannot be written to.
+        InputError: The folder cannot be written to, or a photo cannot be read.
         RuntimeError: ONNX Runtime's outputs differ from torch's, or the file for TensorRT is not in its form; a fault
             of this project.
     """
+    settings = settings or OnnxSettings()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # made first: the export takes a while
             graph = convert(network) if isinstance(network, FakeQuantizedRetinaFace) else deepcopy(network).cpu().eval()
+            form = OnnxForm(graph, network.config, settings)
             unchecked = Path(folder) / path.name
-            model = _with_metadata(_to_onnx(graph), network)
+            model = _to_onnx(form)
+            facts = _facts(network, settings) | _known(trained_on=trained_on, average_precision=average_precision)
+            onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(facts)})
             if isinstance(network, FakeQuantizedRetinaFace) and network.settings.backend == "tensorrt":
                 require_tensorrt_form(model)
             onnx.save(model, unchecked)
-            _check_outputs(graph, network, unchecked)
+            _check_outputs(form, network, unchecked, photos)
+            _keep_outputs(model.graph, settings.output_names)
+            onnx.checker.check_model(model, full_check=True)
+            onnx.save(model, unchecked)
+            open_session(unchecked)
             unchecked.replace(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error}); choose another file") from error
 
 
-def _with_metadata(model: onnx.ModelProto, network: Network) -> onnx.ModelProto:
-    facts: dict[str, Any] = {"network": asdict(network.config), "mean_bgr": MEAN_BGR, "precision": "float32"}
+def _facts(network: Network, settings: OnnxSettings) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "version": __version__,
+        "licence": _LICENCE,
+        "opset": OPSET,
+        "form": settings.form,
+        "input": {
+            "name": INPUT_NAME,
+            "type": "uint8" if settings.input == "uint8" else "float32",
+            "layout": "batch, channel, height, width",
+            "colours": "BGR",
+            "range": [0, 255],
+            "subtract": [0, 0, 0] if settings.input == "uint8" else MEAN_BGR,
+        },
+        "size": settings.size,
+        "batch": settings.batch,
+        "network": asdict(network.config),
+        "variances": VARIANCES,
+        "mean_bgr": MEAN_BGR,
+        "precision": "float32",
+    }
     if isinstance(network, FakeQuantizedRetinaFace):
-        settings = network.settings
-        facts |= {"precision": "int8", "backend": settings.backend, "weight_bits": settings.weight_bits}
-    entry = model.metadata_props.add()
-    entry.key = METADATA_KEY
-    entry.value = json.dumps(facts)
-    onnx.checker.check_model(model, full_check=True)
-    return model
+        quantization = network.settings
+        facts |= {"precision": "int8", "backend": quantization.backend, "weight_bits": quantization.weight_bits}
+    if settings.form == "end_to_end":
+        facts |= {"score_threshold": settings.score_threshold, "nms_threshold": settings.nms_threshold, "keep": KEEP}
+    return facts
 
 
-def _to_onnx(graph: nn.Module) -> onnx.ModelProto:
+def _known(**facts: object) -> dict[str, object]:
+    return {name: fact for name, fact in facts.items() if fact is not None}
+
+
+def _to_onnx(form: OnnxForm) -> onnx.ModelProto:
+    """Exports with the outputs of every step."""
+    example, open_axes = _example(form.settings)
     # The exporter reports its progress and its fallbacks at length; what counts is checked afterwards.
-    exporter_log = logging.getLogger("torch.onnx")
-    level = exporter_log.level
-    exporter_log.setLevel(logging.ERROR)
+    logs = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript.optimizer")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                graph,
-                (export_example(),),
+                form,
+                (example,),
                 dynamo=True,
-                dynamic_shapes=(DYNAMIC_SHAPE,),
+                dynamic_shapes=(open_axes,),
+                opset_version=OPSET,
                 input_names=[INPUT_NAME],
-                output_names=list(OUTPUT_NAMES),
+                output_names=list(form.settings.step_names),
+                custom_translation_table=TRANSLATIONS,
                 verbose=False,
             )
     finally:
-        exporter_log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
     assert program is not None
     model: onnx.ModelProto = program.model_proto
-    # Stack traces of the export: half of a small model's file, and nobody else's business.
+    # Stack traces and records of the export: half of a small model's file, and nobody else's business.
     for node in model.graph.node:
         del node.metadata_props[:]
+    del model.graph.metadata_props[:]
     del model.graph.value_info[:]
+    _shorten_names(model.graph)
     _part_zero_points(model.graph)
+    _name_axes(model.graph, form.settings)
     return model
+
+
+def _example(settings: OnnxSettings) -> tuple[Tensor, dict[int, Any]]:
+    """An input to trace with, and those of its axes that the file leaves open."""
+    batch, _, *size = export_example().shape
+    example = torch.zeros(
+        settings.batch or batch,
+        3,
+        *(settings.size or size),
+        dtype=torch.uint8 if settings.input == "uint8" else torch.float32,
+    )
+    given = {0: settings.batch, 2: settings.size, 3: settings.size}
+    return example, {axis: open_axis for axis, open_axis in DYNAMIC_SHAPE.items() if given[axis] is None}
+
+
+def _name_axes(graph: onnx.GraphProto, settings: OnnxSettings) -> None:
+    """Gives the open axes of inputs and outputs the names that people know them by."""
+    faces = settings.output_names if settings.form == "end_to_end" else ()
+    axes = {INPUT_NAME: ("batch", "channels", "height", "width"), **dict.fromkeys(faces, ("faces",))}
+    for value in (*graph.input, *graph.output):
+        names = axes.get(value.name, ("batch", "anchors"))
+        for axis, name in zip(value.type.tensor_type.shape.dim, names, strict=False):
+            if axis.dim_param:
+                axis.dim_param = name
+
+
+def _keep_outputs(graph: onnx.GraphProto, names: Sequence[str]) -> None:
+    kept = [output for output in graph.output if output.name in names]
+    del graph.output[:]
+    graph.output.extend(kept)
+
+
+def _shorten_names(graph: onnx.GraphProto) -> None:
+    """Takes from names what is not needed to tell them apart: 3 % of the file of mobilenet0.25 in INT8.
+
+    Weights get the names that they have in the network alone.
+    """
+
+    def shortened(name: str) -> str:
+        for long, short in _SHORT_NAMES.items():
+            name = name.replace(long, short)
+        return name
+
+    for constant in graph.initializer:
+        constant.name = shortened(constant.name)
+    for node in graph.node:
+        node.name = shortened(node.name)
+        node.input[:] = map(shortened, node.input)
+        node.output[:] = map(shortened, node.output)
 
 
 def _part_zero_points(graph: onnx.GraphProto) -> None:
@@ -125,32 +251,85 @@ def _part_zero_points(graph: onnx.GraphProto) -> None:
         taken.add(node.input[2])
 
 
-def _check_outputs(graph: nn.Module, network: Network, path: Path) -> None:
+def _check_outputs(form: OnnxForm, network: Network, path: Path, photos: Sequence[Path]) -> None:
+    """Compares a file that gives the outputs of every step with torch."""
     # Where sums saturate the file is not to blame: ONNX Runtime can be told to compute exactly there.
     session = open_session(path, entries={"session.x64quantprecision": "1"} if saturates_int8() else None)
     quantized = deepcopy(network).cpu().eval() if isinstance(network, FakeQuantizedRetinaFace) else None
-    generator = torch.Generator().manual_seed(0)
-    for shape in ((1, 3, 64, 96), (2, 3, 160, 120)):
-        images = torch.rand(shape, generator=generator) * 255 - 110
+    compared: list[Tensor] = []
+    for pictures in _check_pictures(form.settings, photos):
+        images = normalize(pictures)
+        feed = pictures if form.settings.input == "uint8" else images
+        arrays = session.run(list(form.settings.step_names), {INPUT_NAME: feed.numpy()})
+        class_logits, box_deltas, landmark_deltas, *later = map(torch.from_numpy, arrays)
+        raw = (class_logits, box_deltas, landmark_deltas)
         with torch.no_grad():
-            wanted: tuple[Tensor, ...] = graph(images)
-        found = [torch.from_numpy(output) for output in session.run(list(OUTPUT_NAMES), {INPUT_NAME: images.numpy()})]
-        if quantized is not None:
-            with torch.no_grad(), quantized.without_rounding():
-                exact: Outputs = quantized(images)
-            cost = [(a - b).abs().mean() for a, b in zip(wanted, exact, strict=True)]
-            # An output that no rounding reaches costs nothing, and differs as in float.
-            allowed = [
-                torch.maximum(_INT8_TOLERANCE * each, _FLOAT_TOLERANCE * output.std())
-                for each, output in zip(cost, wanted, strict=True)
-            ]
-            differences = [(a - b).abs().mean() for a, b in zip(wanted, found, strict=True)]
-        else:
-            allowed = [_FLOAT_TOLERANCE * (output.std() + 1e-6) for output in wanted]
-            differences = [(a - b).abs().max() for a, b in zip(wanted, found, strict=True)]
-        for name, difference, most in zip(OUTPUT_NAMES, differences, allowed, strict=True):
-            if not difference <= most:
-                raise RuntimeError(
-                    f"{path.name}: {name} of ONNX Runtime differs from torch by {difference:.2g}; at most {most:.2g} "
-                    "was expected"
-                )
+            compared.append(_compare_raw(form.network, quantized, images, raw))
+            # In INT8 one value on the other side of a rounding step early in the network moves all that comes of one
+            # picture as much as rounding does; a fault moves every picture.
+            _require_within(compared[-1] if quantized is None else torch.stack(compared).mean(dim=0), path.name)
+            _check_steps(form, raw, later, (images.shape[2], images.shape[3]), path.name)
+
+
+def _check_pictures(settings: OnnxSettings, photos: Sequence[Path]) -> Iterator[Tensor]:
+    """Noise in two sizes, and the photos: ``(B, 3, H, W)`` uint8 BGR, as the file takes them."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [
+        (settings.batch or batch, 3, *(settings.size or size)) for batch, size in ((1, (64, 96)), (2, (160, 120)))
+    ]
+    for shape in dict.fromkeys(shapes):
+        yield torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    for path in photos:
+        photo = read_image(path)
+        if settings.size is not None:
+            photo = np.asarray(cv2.resize(photo, settings.size[::-1], interpolation=cv2.INTER_AREA), dtype=np.uint8)
+        yield pad_small(torch.from_numpy(photo).permute(2, 0, 1).repeat(settings.batch or 1, 1, 1, 1))
+
+
+def _compare_raw(graph: nn.Module, quantized: FakeQuantizedRetinaFace | None, images: Tensor, found: Outputs) -> Tensor:
+    """Compares raw outputs with those of a float network, or of one in INT8 made from a fake-quantized one.
+
+    Returns:
+        ``(2, 3)``: of each output, how much it differs, and how much it may.
+    """
+    wanted: Outputs = graph(images)
+    if quantized is None:
+        differences = [(a - b).abs().max() for a, b in zip(wanted, found, strict=True)]
+        allowed = [_FLOAT_TOLERANCE * (output.std() + 1e-6) for output in wanted]
+    else:
+        with quantized.without_rounding():
+            exact: Outputs = quantized(images)
+        differences = [(a - b).abs().mean() for a, b in zip(wanted, found, strict=True)]
+        cost = [(a - b).abs().mean() for a, b in zip(wanted, exact, strict=True)]
+        # An output that no rounding reaches costs nothing, and differs as in float.
+        allowed = [
+            torch.maximum(_INT8_TOLERANCE * each, _FLOAT_TOLERANCE * output.std())
+            for each, output in zip(cost, wanted, strict=True)
+        ]
+    return torch.stack([torch.stack(differences), torch.stack(allowed)])
+
+
+def _require_within(compared: Tensor, file: str) -> None:
+    for name, difference, most in zip(OUTPUT_NAMES, *compared.tolist(), strict=True):
+        if not difference <= most:
+            raise RuntimeError(
+                f"{file}: {name} of ONNX Runtime differs from torch by {difference:.2g}; at most {most:.2g} was "
+                "expected"
+            )
+
+
+def _check_steps(form: OnnxForm, raw: Outputs, found: Sequence[Tensor], size: tuple[int, int], file: str) -> None:
+    """Compares each later step with what torch makes of the very numbers that the step before gave.
+
+    So rounding in the network, which moves scores over a threshold and boxes over an overlap, is no matter here.
+    """
+    wanted: list[Tensor] = []
+    if form.settings.form != "raw":
+        wanted += decode(raw, *size, form.config)
+    if form.settings.form == "end_to_end":
+        boxes, scores, landmarks = found[:3]
+        wanted += form.select((boxes, scores, landmarks))
+    absolute, relative = _STEP_TOLERANCE
+    for name, ours, theirs in zip(form.settings.step_names[len(raw) :], found, wanted, strict=True):
+        if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=relative, atol=absolute):
+            raise RuntimeError(f"{file}: {name} of ONNX Runtime differs from what torch makes of the same raw outputs")

@@ -1,13 +1,12 @@
-"""How fast ONNX models are on this machine's CPU, compared fairly.
+"""How fast models are on this machine's CPU, compared fairly.
 
-Timings on a shared machine jump by factors within seconds, so the models take turns (A B C, B C A, …) and are
+Timings on a shared machine jump by factors within seconds, so models and runtimes take turns (A B C, B C A, …) and are
 compared within each round: what disturbs one disturbs the others. The ratio that is reported is the median over the
 rounds, with an interval that says whether it can be told from 1.
 """
 
 import importlib.metadata
 import platform
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,32 +14,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
-from rich.markup import escape
-from rich.table import Table
 from scipy.stats import quantile_test
 
 from retinaface.cpus import cpu_flags, cpu_name, physical_cores, usable_cpus
-from retinaface.delivery.session import open_session
-from retinaface.errors import InputError, one_line
+from retinaface.errors import InputError
+from retinaface.evaluation.raw_call import RawCall, Runtime, fits, prepare
 from retinaface.progress import with_progress
 
 INT8_FLAGS = ("avx2", "avx512_vnni", "avx_vnni", "amx_int8", "neon", "asimd", "asimddp", "i8mm")
-PACKAGES = ("torch", "lightning", "onnxruntime", "torchao")
-
-_INPUT_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
+PACKAGES = ("torch", "lightning", "onnxruntime", "openvino", "torchao")
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What the rounds say about one model; the first model of a benchmark is the baseline.
+    """What the rounds say about one model in one runtime, against a baseline.
 
     Attributes:
-        model: the ONNX file.
+        model: the file.
         size: side of the square input in pixels.
         batch: photos per call.
-        threads: threads that ONNX Runtime computes with.
+        threads: threads that the runtime computes with.
         rounds: calls timed.
         median_ms: median time of a call in milliseconds.
         p10_ms: 10th percentile of the time.
@@ -51,6 +45,7 @@ class Timing:
         ratio_low: lower end of the 95 % confidence interval of ``ratio``; None with fewer than 6 rounds.
         ratio_high: upper end of that interval; None with fewer than 6 rounds.
         differs: whether that interval excludes 1, so that the difference exceeds the noise.
+        runtime: what ran it.
     """
 
     model: str
@@ -67,6 +62,74 @@ class Timing:
     ratio_low: float | None
     ratio_high: float | None
     differs: bool
+    runtime: Runtime = "onnxruntime"
+
+
+@dataclass(frozen=True, eq=False)
+class Rounds:
+    """What models in runtimes took, all of them once a round.
+
+    Attributes:
+        models: the files.
+        entries: who took turns: an index into ``models`` and a runtime each.
+        milliseconds: ``(rounds, entries)``.
+        size: side of the square input in pixels.
+        batch: photos per call.
+        threads: threads that each runtime computed with.
+    """
+
+    models: tuple[Path, ...]
+    entries: tuple[tuple[int, Runtime], ...]
+    milliseconds: NDArray[np.float64]
+    size: int
+    batch: int
+    threads: int
+
+    def timings(self) -> list[Timing]:
+        """Every entry against the first."""
+        return self._against_the_first(range(len(self.entries)))
+
+    def within(self, runtime: Runtime) -> list[Timing]:
+        """Every model in one runtime, against the first model in it; without those that did not run there."""
+        return self._against_the_first([column for column, (_, name) in enumerate(self.entries) if name == runtime])
+
+    def fastest(self) -> list[Timing]:
+        """Every model in the runtime with its smallest median, against the first model in its own."""
+        columns: dict[int, list[int]] = {}
+        for column, (model, _) in enumerate(self.entries):
+            columns.setdefault(model, []).append(column)
+        medians = np.median(self.milliseconds, axis=0)
+        return self._against_the_first([min(own, key=lambda column: medians[column]) for own in columns.values()])
+
+    def _against_the_first(self, columns: Sequence[int]) -> list[Timing]:
+        return [self._summarise(column, columns[0]) for column in columns]
+
+    def _summarise(self, column: int, baseline: int) -> Timing:
+        times = self.milliseconds[:, column]
+        ratios = self.milliseconds[:, baseline] / times
+        p10, median, p90 = np.percentile(times, [10, 50, 90])
+        ratio_p10, ratio, ratio_p90 = np.percentile(ratios, [10, 50, 90])
+        # Distribution-free (from the ranks of the ratios), as timings are anything but normal; NaN with too few rounds.
+        interval = quantile_test(ratios, q=1, p=0.5).confidence_interval(confidence_level=0.95)
+        known = bool(np.isfinite([interval.low, interval.high]).all())
+        model, runtime = self.entries[column]
+        return Timing(
+            model=str(self.models[model]),
+            size=self.size,
+            batch=self.batch,
+            threads=self.threads,
+            rounds=len(times),
+            median_ms=float(median),
+            p10_ms=float(p10),
+            p90_ms=float(p90),
+            ratio=float(ratio),
+            ratio_p10=float(ratio_p10),
+            ratio_p90=float(ratio_p90),
+            ratio_low=float(interval.low) if known else None,
+            ratio_high=float(interval.high) if known else None,
+            differs=known and not interval.low <= 1 <= interval.high,
+            runtime=runtime,
+        )
 
 
 def benchmark(
@@ -79,85 +142,101 @@ def benchmark(
 ) -> list[Timing]:
     """Time ONNX models against each other in ONNX Runtime on the CPU.
 
-    Shows a progress bar on standard error where that is a terminal.
-
     Args:
-        models: ONNX files with one image input ``(batch, 3, height, width)`` of float32, float16 or uint8; the first
-            is the baseline.
-        size: height and width of the input in pixels.
-        threads: threads to compute with; None takes every physical core that this process may use.
-        warmup: rounds run before the timing starts.
-        rounds: rounds timed.
-        batch: photos per call.
+        models: as for :func:`time_in_turns`; the first is the baseline.
+        size: as for :func:`time_in_turns`.
+        threads: as for :func:`time_in_turns`.
+        warmup: as for :func:`time_in_turns`.
+        rounds: as for :func:`time_in_turns`.
+        batch: as for :func:`time_in_turns`.
 
     Returns:
         One timing per model, in the order given.
 
     Raises:
-        InputError: no model is given, a number is too small, a file is missing or is no ONNX model, or a model
-            does not take this input.
+        InputError: as for :func:`time_in_turns`.
+    """
+    return time_in_turns(models, ["onnxruntime"], size, threads, warmup, rounds, batch).timings()
+
+
+def time_in_turns(
+    models: Sequence[Path],
+    runtimes: Sequence[Runtime],
+    size: int = 640,
+    threads: int | None = None,
+    warmup: int = 10,
+    rounds: int = 100,
+    batch: int = 1,
+) -> Rounds:
+    """Time every model in every runtime that takes its kind of file, on the CPU, all in the same rounds.
+
+    Shows a progress bar on standard error where that is a terminal.
+
+    Args:
+        models: ONNX files with one image input ``(batch, 3, height, width)`` of float32, float16 or uint8, and for
+            torch checkpoints, which run with simulated INT8 if they are quantized.
+        runtimes: what runs them, each with its own defaults.
+        size: height and width of the input in pixels.
+        threads: threads to compute with, for torch those of the whole process; None takes every physical core that
+            this process may use.
+        warmup: rounds run before the timing starts.
+        rounds: rounds timed.
+        batch: photos per call.
+
+    Returns:
+        The times, in the order of models and, for each, of runtimes.
+
+    Raises:
+        InputError: no model is given, a number is too small, a file is missing or cannot be loaded, a model does not
+            take this input, a runtime is not installed, or a model and a runtime have no partner.
     """
     if not models:
-        raise InputError("benchmark: no model given; name a baseline ONNX file and candidates to compare with it")
+        raise InputError("benchmark: no model given; name a baseline and candidates to compare with it")
     threads = physical_cores() if threads is None else threads
     least = {"size": 1, "threads": 1, "warmup": 0, "rounds": 1, "batch": 1}
     given = {"size": size, "threads": threads, "warmup": warmup, "rounds": rounds, "batch": batch}
     for name, value in given.items():
         if value < least[name]:
             raise InputError(f"benchmark: {name} must be at least {least[name]}, got {value}")
-    calls = [_prepare(Path(model), size, batch, threads) for model in models]
-    times = _interleaved_times(calls, warmup, rounds)
-    return [
-        _summarise(str(model), size, batch, threads, times[:, 0], times[:, column])
-        for column, model in enumerate(models)
+    paths = tuple(map(Path, models))
+    entries = pair_up(paths, runtimes)
+    calls = [prepare(paths[model], runtime, size, batch, threads) for model, runtime in entries]
+    return Rounds(paths, tuple(entries), _interleaved_times(calls, warmup, rounds), size, batch, threads)
+
+
+def pair_up(models: Sequence[Path], runtimes: Sequence[Runtime]) -> list[tuple[int, Runtime]]:
+    """Finds out which model runs in which runtime.
+
+    Args:
+        models: files.
+        runtimes: names; one that is given twice counts once.
+
+    Returns:
+        Index of the model and runtime, in the order of models and, for each, of runtimes.
+
+    Raises:
+        InputError: a model runs in none of the runtimes, or a runtime takes none of the models.
+    """
+    entries = [
+        (index, runtime)
+        for index, model in enumerate(models)
+        for runtime in dict.fromkeys(runtimes)
+        if fits(model, runtime)
     ]
+    for index, model in enumerate(models):
+        if index not in {paired for paired, _ in entries}:
+            raise InputError(
+                f"{model}: {' and '.join(runtimes)} cannot run it; onnxruntime and openvino run .onnx files, "
+                "torch runs .ckpt and .pth files"
+            )
+    for runtime in runtimes:
+        if runtime not in {paired for _, paired in entries}:
+            kind = "a .ckpt or .pth" if runtime == "torch" else "an .onnx"
+            raise InputError(f"runtime {runtime}: none of the models is for it; name {kind} file too, or leave it out")
+    return entries
 
 
-@dataclass(frozen=True)
-class _Call:
-    """A session with the input to run it on."""
-
-    session: ort.InferenceSession
-    feed: dict[str, NDArray[Any]]
-
-    def milliseconds(self) -> float:
-        start = time.perf_counter()
-        self.session.run(None, self.feed)
-        return (time.perf_counter() - start) * 1000
-
-
-def _prepare(model: Path, size: int, batch: int, threads: int) -> _Call:
-    """Open a model, make its input and run it once."""
-    if not model.is_file():
-        raise InputError(f"{model}: no such file; expected an ONNX model")
-    # Threads that one session leaves waiting in a busy loop take the cores from the next: three equal models took
-    # 28 ms each in turns, but 15 ms alone, and 15 ms in turns with this option.
-    session = open_session(model, threads, {"session.force_spinning_stop": "1"})
-    inputs = session.get_inputs()
-    if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type not in _INPUT_TYPES:
-        found = ", ".join(f"{one.name} {one.type} {one.shape}" for one in inputs)
-        raise InputError(f"{model}: expected one image input (batch, 3, height, width), found {found or 'none'}")
-    shape = (batch, 3, size, size)
-    fixed = inputs[0].shape
-    if any(isinstance(dim, int) and dim != wanted for dim, wanted in zip(fixed, shape, strict=True)):
-        raise InputError(f"{model}: takes inputs of {fixed} only, not {list(shape)}; choose a matching size and batch")
-    call = _Call(session, {inputs[0].name: _noise(shape, _INPUT_TYPES[inputs[0].type])})
-    try:
-        call.milliseconds()
-    except Exception as error:
-        raise InputError(f"{model}: fails on an input of {list(shape)}: {one_line(error)}") from None
-    return call
-
-
-def _noise(shape: tuple[int, ...], dtype: type[Any]) -> NDArray[Any]:
-    """Make an input with the spread of a photo whose mean was subtracted (uint8: of a photo), always the same."""
-    random = np.random.default_rng(0)
-    if dtype is np.uint8:
-        return random.integers(0, 256, shape, np.uint8)
-    return (random.standard_normal(shape, np.float32) * 50).astype(dtype)
-
-
-def _interleaved_times(calls: Sequence[_Call], warmup: int, rounds: int) -> NDArray[np.float64]:
+def _interleaved_times(calls: Sequence[RawCall], warmup: int, rounds: int) -> NDArray[np.float64]:
     """Run the calls in turn.
 
     Returns:
@@ -170,67 +249,6 @@ def _interleaved_times(calls: Sequence[_Call], warmup: int, rounds: int) -> NDAr
             column = (number + position) % len(calls)
             times[number, column] = calls[column].milliseconds()
     return times[warmup:]
-
-
-def _summarise(
-    model: str, size: int, batch: int, threads: int, baseline: NDArray[np.float64], times: NDArray[np.float64]
-) -> Timing:
-    ratios = baseline / times
-    p10, median, p90 = np.percentile(times, [10, 50, 90])
-    ratio_p10, ratio, ratio_p90 = np.percentile(ratios, [10, 50, 90])
-    # Distribution-free (from the ranks of the ratios), as timings are anything but normal; NaN with too few rounds.
-    interval = quantile_test(ratios, q=1, p=0.5).confidence_interval(confidence_level=0.95)
-    known = bool(np.isfinite([interval.low, interval.high]).all())
-    return Timing(
-        model=model,
-        size=size,
-        batch=batch,
-        threads=threads,
-        rounds=len(times),
-        median_ms=float(median),
-        p10_ms=float(p10),
-        p90_ms=float(p90),
-        ratio=float(ratio),
-        ratio_p10=float(ratio_p10),
-        ratio_p90=float(ratio_p90),
-        ratio_low=float(interval.low) if known else None,
-        ratio_high=float(interval.high) if known else None,
-        differs=known and not interval.low <= 1 <= interval.high,
-    )
-
-
-def benchmark_table(timings: Sequence[Timing]) -> Table:
-    """Lay timings out for the terminal.
-
-    Args:
-        timings: what :func:`benchmark` returned; the first is the baseline.
-
-    Returns:
-        A table with a row per model; the ratio is marked where it cannot be told from 1.
-    """
-    first = timings[0]
-    table = Table(
-        title=f"{first.batch}x3x{first.size}x{first.size}, {first.threads} threads, {first.rounds} interleaved rounds"
-    )
-    table.add_column("model", overflow="fold")
-    for heading in ("median ms", "p10-p90 ms", "speed-up", "p10-p90", "verdict"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for index, timing in enumerate(timings):
-        table.add_row(
-            escape(timing.model),
-            f"{timing.median_ms:.2f}",
-            f"{timing.p10_ms:.2f}-{timing.p90_ms:.2f}",
-            f"{timing.ratio:.2f}x",
-            f"{timing.ratio_p10:.2f}-{timing.ratio_p90:.2f}",
-            "baseline" if index == 0 else _verdict(timing),
-        )
-    return table
-
-
-def _verdict(timing: Timing) -> str:
-    if not timing.differs:
-        return "within noise"
-    return "faster" if timing.ratio > 1 else "slower"
 
 
 def machine_facts() -> dict[str, Any]:

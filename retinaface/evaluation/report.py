@@ -1,15 +1,15 @@
 """The report of a recipe: what was kept and what was gained, measured and written down."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from retinaface.compression.pruning import count_complexity
-from retinaface.compression.structure import load_structure
+from retinaface.compression.structure import Structure, load_structure
 from retinaface.data.annotations import load_unlabelled
-from retinaface.evaluation.benchmark import Timing, benchmark, machine_facts
+from retinaface.evaluation.benchmark import Rounds, Timing, machine_facts, time_in_turns
 from retinaface.evaluation.describe import describe, kept_channels
 from retinaface.evaluation.evaluate import (
     Evaluation,
@@ -19,7 +19,8 @@ from retinaface.evaluation.evaluate import (
     save_pictures,
     save_worst_photos,
 )
-from retinaface.evaluation.int8_share import convolutions_in_int8
+from retinaface.evaluation.int8_share import RuntimeName, convolutions_in_int8
+from retinaface.evaluation.raw_call import Runtime, usable_runtimes
 from retinaface.evaluation.report_html import report_html
 from retinaface.evaluation.report_text import kept_share, report_markdown
 from retinaface.evaluation.reproduction import Reproduction
@@ -39,8 +40,10 @@ def build_report(
 ) -> dict[str, Any]:
     """Measures every model of a run and writes ``report.html``, ``report.json``, ``report.md`` and its pictures.
 
-    Accuracy is that of the ONNX files in ONNX Runtime on the validation photos; time is that of the same files in the
-    same runtime, in turns.
+    Accuracy is that of the ONNX files in ONNX Runtime on the validation photos. Time is that of the same files, all in
+    one runtime, in turns: OpenVINO if the final model was made for it and it is installed, else ONNX Runtime. What a
+    user would choose between is there too: the teacher in its fastest runtime, in float, and the final model in its
+    own.
 
     Without labelled validation photos there is no accuracy, and each model has an ``agreement`` instead: what its
     average precision would be if the teacher's detections with a score of 0.5 or more were the faces.
@@ -58,7 +61,8 @@ def build_report(
         reproduction: How the run was started; None leaves it out.
 
     Returns:
-        The report: ``recipe``, ``machine``, ``data``, ``models``, ``retention``, ``speedup`` and their details.
+        The report: ``recipe``, ``machine``, ``data``, ``models``, ``retention``, ``speedup``, ``fastest`` and their
+        details.
 
     Raises:
         InputError: A model or the data cannot be read.
@@ -71,12 +75,15 @@ def build_report(
     else:
         samples = labelled_by(next(iter(files.values())), samples)
         evaluations = {name: evaluate_on(file, samples) for name, file in files.items()}
-    timings = dict(zip(files, benchmark(list(files.values()), size=size, threads=threads), strict=True))
+    rounds = time_in_turns(list(files.values()), usable_runtimes(list(files.values())), size, threads)
+    structures = {name: load_structure(checkpoint) for name, checkpoint in checkpoints.items()}
+    runtime = _runtime_of(list(structures.values())[-1], [name for _, name in rounds.entries])
+    timings = dict(zip(files, rounds.within(runtime), strict=True))
     models = [
         {
             "name": name,
             **(_accuracy(evaluations[name]) if labelled else _agreement(evaluations[name])),
-            **_costs(checkpoints[name], files[name], timings[name], size),
+            **_costs(structures[name], files[name], timings[name], size, runtime),
         }
         for name in checkpoints
     ]
@@ -97,13 +104,14 @@ def build_report(
         "retention": kept_share(final, teacher),
         "speedup": timing.ratio,
         "speedup_interval": [timing.ratio_low, timing.ratio_high],
-        "benchmark": {"size": size, "threads": timing.threads, "rounds": timing.rounds, "runtime": "onnxruntime"},
+        "benchmark": {"size": size, "threads": timing.threads, "rounds": timing.rounds, "runtime": runtime},
+        "fastest": _fastest(rounds),
         "reproduction": reproduction and asdict(reproduction),
     }
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(report_markdown(report), encoding="utf-8")
     plot_report(models, folder / "report.png")
-    layers = describe(load_structure(checkpoints[final["name"]]), size).layers
+    layers = describe(structures[final["name"]], size).layers
     plot_kept_channels(kept_channels(layers), folder / "kept_channels.png")
     photos = evaluations[final["name"]].photos
     if labelled:
@@ -128,10 +136,22 @@ def _agreement(evaluation: Evaluation) -> dict[str, Any]:
     return {**unknown, "agreement": evaluation.accuracy.ap["all"]}
 
 
-def _costs(checkpoint: Path, file: Path, timing: Timing, size: int) -> dict[str, Any]:
-    structure = load_structure(checkpoint)
+def _runtime_of(final: Structure, timed: Sequence[Runtime]) -> RuntimeName:
+    """The runtime to report: the one that the final model was made for, if it was timed in it."""
+    made_for = final.quantization and final.quantization.backend
+    return "openvino" if made_for == "openvino" and "openvino" in timed else "onnxruntime"
+
+
+def _fastest(rounds: Rounds) -> dict[str, Any]:
+    """The teacher and the final model, each in its fastest runtime; the latter's ratio is to the former."""
+    fastest = rounds.fastest()
+    runtimes = list(dict.fromkeys(runtime for _, runtime in rounds.entries))
+    return {"runtimes": runtimes, "teacher": asdict(fastest[0]), "final": asdict(fastest[-1])}
+
+
+def _costs(structure: Structure, file: Path, timing: Timing, size: int, runtime: RuntimeName) -> dict[str, Any]:
     params, macs = count_complexity(structure.build_float(), size)
-    share = convolutions_in_int8(file)
+    share = convolutions_in_int8(file, runtime)
     return {
         "backend": None if structure.quantization is None else structure.quantization.backend,
         "keep_float": None if structure.quantization is None else list(structure.quantization.keep_float),

@@ -124,7 +124,7 @@ def report_html(
             "the figures.",
         ),
         curves=[] if "agreement" in models[0] else _plot_curves(evaluations),
-        int8=what_is_int8(models[-1]),
+        int8=what_is_int8(report),
         blocks=layer_blocks(layers, models[-1]["float_convolutions"]),
         training={model["name"]: _plot_training(folder / model["name"]) for model in models},
         photos=side_by_side(evaluations[teacher].photos, evaluations[final].photos, f"{teacher} left, {final} right"),

@@ -6,6 +6,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from retinaface.evaluation.benchmark_text import RUNTIME_NAMES
 from retinaface.evaluation.evaluate import SHOWN_SCORE, describe_data
 from retinaface.evaluation.wider_ap import SUBSETS
 
@@ -108,11 +109,12 @@ def report_markdown(report: Mapping[str, Any]) -> str:
 
 
 def verdict(report: Mapping[str, Any]) -> str:
-    """What was kept and gained, how sure that is, and on what data, as two sentences of Markdown."""
+    """What was kept and gained, how sure that is, and on what data, as sentences of Markdown."""
     models = report["models"]
     return (
         f"The final model ({models[-1]['name']}) {_what_is_kept(report)}, {_how_fast(report)}, and its file is "
-        f"**{' '.join(_how_small(models))}**. Data: the validation photos ({describe_data(report['data'])}), IoU 0.5."
+        f"**{' '.join(_how_small(models))}**. {_how_fast_at_best(report)} Data: the validation "
+        f"photos ({describe_data(report['data'])}), IoU 0.5."
     )
 
 
@@ -136,9 +138,26 @@ def _within_noise(report: Mapping[str, Any]) -> bool:
 def _how_fast(report: Mapping[str, Any]) -> str:
     low, high = report["speedup_interval"]
     interval = "too few rounds for an interval" if low is None else f"95 % interval {low:.2f}-{high:.2f}"
+    runtime = RUNTIME_NAMES[report["benchmark"]["runtime"]]
     if _within_noise(report):
-        return f"**no difference in speed was measured** ({report['speedup']:.2f}x, {interval})"
-    return f"is **{report['speedup']:.2f}x** as fast ({interval})"
+        return f"**no difference in speed was measured** ({report['speedup']:.2f}x, {interval}) in {runtime}"
+    return f"is **{report['speedup']:.2f}x** as fast ({interval}) in {runtime}"
+
+
+def _how_fast_at_best(report: Mapping[str, Any]) -> str:
+    """Compares the teacher in its fastest float runtime with the final model in its fastest: what a user chooses."""
+    fastest, models = report["fastest"], report["models"]
+    if len(fastest["runtimes"]) == 1:
+        return "OpenVINO is not installed, so it is not known whether the teacher in float is faster there."
+    teacher, final = fastest["teacher"], fastest["final"]
+    ratio = f"**{final['ratio']:.2f}x** as fast as"
+    if not final["differs"]:
+        ratio = f"not measurably faster or slower ({final['ratio']:.2f}x) than"
+    return (
+        f"Each in its fastest runtime, {models[-1]['name']} in {RUNTIME_NAMES[final['runtime']]} "
+        f"({final['median_ms']:.2f} ms) is {ratio} {models[0]['name']} in float in {RUNTIME_NAMES[teacher['runtime']]} "
+        f"({teacher['median_ms']:.2f} ms)."
+    )
 
 
 def _how_small(models: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
@@ -160,11 +179,12 @@ def what_colours_mean(report: Mapping[str, Any]) -> str:
     )
 
 
-def what_is_int8(model: Mapping[str, Any]) -> str:
-    """Says which convolutions of a model of the report are executed in INT8, as Markdown."""
+def what_is_int8(report: Mapping[str, Any]) -> str:
+    """Says which convolutions of the final model are executed in INT8, as Markdown."""
+    model = report["models"][-1]
     counted = (
-        f"ONNX Runtime executes {model['int8_convolutions']} of the {model['convolutions']} convolutions of "
-        f"{model['name']} in INT8 on this machine"
+        f"{RUNTIME_NAMES[report['benchmark']['runtime']]} executes {model['int8_convolutions']} of the "
+        f"{model['convolutions']} convolutions of {model['name']} in INT8 on this machine"
     )
     if model["keep_float"] is None:
         return f"{counted}: it is a float model."
@@ -174,16 +194,19 @@ def what_is_int8(model: Mapping[str, Any]) -> str:
 
 def methods(report: Mapping[str, Any]) -> dict[str, str]:
     """Says what each figure means and how it was measured: name to Markdown."""
-    timing = report["benchmark"]
+    timing, runtimes = report["benchmark"], [RUNTIME_NAMES[name] for name in report["fastest"]["runtimes"]]
+    runtime = RUNTIME_NAMES[timing["runtime"]]
     return {
         **_how_faces_were_judged(report["data"]),
-        "Time": f"{timing['rounds']} rounds at 1x3x{timing['size']}x{timing['size']}, the models in turns, ONNX "
-        f"Runtime on the CPU, {timing['threads']} threads; medians, and the median of the ratio to the first model per "
-        "round. Post-processing is not included.",
+        "Time": f"{timing['rounds']} rounds at 1x3x{timing['size']}x{timing['size']}, the models in turns, "
+        f"{runtime} on the CPU, {timing['threads']} threads; medians, and the median of the ratio to the first model "
+        "per round. Post-processing is not included.",
         "Parameters and GMACs": f"of the float network of the same shape; MACs at {timing['size']}x{timing['size']}.",
-        "INT8 convs": "how many of the convolutions ONNX Runtime executes in INT8 on this machine: counted in its "
+        "Fastest runtime": f"of {' and '.join(runtimes)}, which took turns in the same rounds, each with its own "
+        "defaults; the teacher is the same float file in each. OpenVINO computes float in bfloat16 where the CPU can.",
+        "INT8 convs": f"how many of the convolutions {runtime} executes in INT8 on this machine: counted in its "
         "graph after all optimizations, not in the file. `report.json` names the others (`float_convolutions`).",
-        **_foreign_backends(report["models"]),
+        **_foreign_backends(report),
     }
 
 
@@ -193,7 +216,8 @@ def environment(machine: Mapping[str, Any]) -> dict[str, str]:
         "Machine": f"{machine['cpu']}, {machine['cores']} cores, INT8 instructions: "
         f"{', '.join(machine['flags']) or 'unknown'}; {machine['os']}.",
         "Versions": f"Python {machine['python']}, torch {machine['torch']}, lightning {machine['lightning']}, "
-        f"torchao {machine['torchao']}, onnxruntime {machine['onnxruntime']}.",
+        f"torchao {machine['torchao']}, onnxruntime {machine['onnxruntime']}, "
+        f"openvino {machine['openvino'] or 'absent'}.",
     }
 
 
@@ -233,11 +257,14 @@ def _how_faces_were_judged(data: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _foreign_backends(models: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """A line for each model that was made for another runtime than the one that everything is measured in."""
+def _foreign_backends(report: Mapping[str, Any]) -> dict[str, str]:
+    """A line for each model that was made for another runtime than the one of the table."""
+    measured = report["benchmark"]["runtime"]
     return {
-        model["name"]: f"made for {model['backend']}; what ONNX Runtime makes of it (ms, speed-up, INT8 convs) says "
+        model[
+            "name"
+        ]: f"made for {model['backend']}; what {RUNTIME_NAMES[measured]} makes of it (ms, speed-up, INT8 convs) says "
         "nothing about its speed there."
-        for model in models
-        if model["backend"] not in (None, "onnxruntime")
+        for model in report["models"]
+        if model["backend"] not in (None, measured)
     }

@@ -31,8 +31,9 @@ def make_anchors(
     levels = []
     scale = torch.tensor([width, height], dtype=torch.float32)
     for sizes, stride in zip(anchor_sizes, strides, strict=True):
-        rows = (torch.arange(-(-height // stride)) + 0.5) * stride
-        columns = (torch.arange(-(-width // stride)) + 0.5) * stride
+        # Not -(-height // stride): in an ONNX file whole numbers are divided towards zero.
+        rows = (torch.arange((height + stride - 1) // stride) + 0.5) * stride
+        columns = (torch.arange((width + stride - 1) // stride) + 0.5) * stride
         centres = torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1], dim=-1) / scale
         sides = torch.tensor(sizes, dtype=torch.float32)[:, None] / scale
         shape = (*centres.shape[:2], len(sizes), 2)

@@ -26,7 +26,7 @@ Activation = Literal["leaky_relu", "relu"]
 # class_logits (B, A, 2), box_deltas (B, A, 4), landmark_deltas (B, A, 10)
 Outputs = tuple[Tensor, Tensor, Tensor]
 
-_SMALLEST_SIDE = 64
+SMALLEST_PICTURE = 64
 BACKBONE_STRIDES = (4, 8, 16, 32)
 BACKBONE_CHANNELS: dict[str, tuple[int, ...]] = {
     "mobilenet0.25": (32, 64, 128, 256),
@@ -114,7 +114,7 @@ def pad_small(images: Tensor) -> Tensor:
         The pictures, wider to the right and taller at the bottom where need be.
     """
     height, width = images.shape[-2:]
-    return F.pad(images, (0, max(0, _SMALLEST_SIDE - width), 0, max(0, _SMALLEST_SIDE - height)))
+    return F.pad(images, (0, max(0, SMALLEST_PICTURE - width), 0, max(0, SMALLEST_PICTURE - height)))
 
 
 @lru_cache

@@ -7,6 +7,7 @@ import torch
 
 from callbacks import ExportOnnx
 from retinaface.compression.structure import load_network
+from retinaface.delivery.onnx_forms import OnnxSettings
 
 
 def outputs(file, images):
@@ -31,10 +32,18 @@ def test_quantized_stage_leaves_an_int8_file_in_its_folder(quantized_run):
     assert facts["precision"] == "int8"
 
 
+def test_file_says_where_it_comes_from(pruned_run, tiny_root):
+    (entry,) = onnx.load(pruned_run.folder / "model.onnx").metadata_props
+    facts = json.loads(entry.value)
+    assert facts["trained_on"] == tiny_root.name
+    measured = float(pruned_run.cli.trainer.callback_metrics["val/ap_all"])
+    assert facts["average_precision"]["all"] == pytest.approx(measured, abs=1e-4)
+
+
 @pytest.mark.parametrize("chosen", [True, False])
 def test_path_and_first_process(chosen, pruned_run, tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr("callbacks.export.export_onnx", lambda network, path: written.append(path))
+    monkeypatch.setattr("callbacks.export.export_onnx", lambda network, path, *_, **__: written.append(path))
     trainer = pruned_run.cli.trainer
     path = tmp_path / "elsewhere.onnx" if chosen else pruned_run.folder / "model.onnx"
     callback = ExportOnnx(str(path) if chosen else None)
@@ -43,3 +52,20 @@ def test_path_and_first_process(chosen, pruned_run, tmp_path, monkeypatch):
     monkeypatch.setattr(type(trainer), "is_global_zero", False)
     callback.on_fit_end(trainer, pruned_run.cli.model)
     assert written == [path]
+
+
+def test_settings_and_photos_are_passed_on(pruned_run, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "callbacks.export.export_onnx", lambda network, path, *given, **more: calls.append((given, more))
+    )
+    callback = ExportOnnx(None, "end_to_end", "uint8", (480, 640), 1, 0.3, 0.5)
+    callback.on_fit_end(pruned_run.cli.trainer, pruned_run.cli.model)
+    ((settings,), more) = calls[0]
+    assert settings == OnnxSettings("end_to_end", "uint8", (480, 640), 1, 0.3, 0.5)
+    photos = [sample.path for sample in pruned_run.cli.datamodule.val_samples]
+    assert more["photos"] == [photos[0], photos[2]]
+    monkeypatch.setattr(pruned_run.cli.trainer, "datamodule", None)
+    monkeypatch.setattr(type(pruned_run.cli.trainer), "callback_metrics", {})
+    callback.on_fit_end(pruned_run.cli.trainer, pruned_run.cli.model)
+    assert calls[1][1] == {"photos": [], "trained_on": None, "average_precision": None}

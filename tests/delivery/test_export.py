@@ -1,15 +1,28 @@
 import json
+import tomllib
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 
+import cv2
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 import torch
 
-from retinaface.delivery.export import METADATA_KEY, OUTPUT_NAMES, export_onnx
+from retinaface.compression.quantization import QuantizationSettings, prepare_for_training
+from retinaface.compression.structure import load_float_network
+from retinaface.data.annotations import read_image
+from retinaface.delivery import export as under_test
+from retinaface.delivery.export import METADATA_KEY, OPSET, OUTPUT_NAMES, _to_onnx, export_onnx
+from retinaface.delivery.onnx_forms import OnnxForm, OnnxSettings
+from retinaface.delivery.runtime import load_detector
 from retinaface.errors import InputError
+from retinaface.evaluation.int8_share import convolutions_in_int8
+from retinaface.model.network import normalize
+from retinaface.model.postprocess import postprocess
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +78,7 @@ def test_only_files_for_tensorrt_have_to_be_in_its_form(compressed, onnx_files, 
     content = onnx.load(onnx_files["int8"])  # has zero points
     del content.metadata_props[:]
     content = content.SerializeToString()
-    monkeypatch.setattr("retinaface.delivery.export._to_onnx", lambda graph: onnx.ModelProto.FromString(content))
+    monkeypatch.setattr("retinaface.delivery.export._to_onnx", lambda form: onnx.ModelProto.FromString(content))
     network = deepcopy(compressed.int8)
     export_onnx(network, tmp_path / "onnxruntime.onnx")
     network.settings = replace(network.settings, backend="tensorrt")
@@ -114,3 +127,236 @@ def test_places_that_cannot_be_written(network, quick_export, tmp_path):
     (tmp_path / "folder.onnx").mkdir()
     with pytest.raises(InputError, match=r"folder.onnx: cannot be written"):
         export_onnx(network, tmp_path / "folder.onnx")
+
+
+# Forms
+
+
+FACES = OnnxSettings("end_to_end", "uint8", score_threshold=0.3)
+
+
+def facts_of(file):
+    return json.loads(onnx.load(file).metadata_props[0].value)
+
+
+def run(file, images):
+    session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    arrays = session.run(names, {"images": images.numpy()})
+    return dict(zip(names, map(torch.from_numpy, arrays), strict=True))
+
+
+def assert_same_faces(found, wanted):
+    torch.testing.assert_close(found["scores"], wanted.scores, rtol=0, atol=1e-4)
+    if not len(wanted.scores):
+        return
+    nearest = torch.cdist(found["boxes"], wanted.boxes).argmin(dim=1)  # equal scores may change places
+    assert len(set(nearest.tolist())) == len(nearest) == len(wanted.scores)
+    torch.testing.assert_close(found["boxes"], wanted.boxes[nearest], rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(found["landmarks"], wanted.landmarks[nearest], rtol=1e-4, atol=1e-2)
+
+
+def exported_as(model):
+    """Stands in for the export itself, which takes seconds."""
+    content = model.SerializeToString()
+    return lambda form: onnx.ModelProto.FromString(content)
+
+
+@pytest.fixture(scope="module")
+def every_step(network):
+    """The network with all steps, from uint8 to faces, and the outputs of each."""
+    return _to_onnx(OnnxForm(network, network.config, FACES))
+
+
+@pytest.fixture(scope="module")
+def faces_file(network, every_step, tmp_path_factory):
+    path = tmp_path_factory.mktemp("forms") / "faces.onnx"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("retinaface.delivery.export._to_onnx", exported_as(every_step))
+        export_onnx(network, path, FACES)
+    return path
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 64, 64), (3, 3, 33, 101), (2, 3, 160, 97)])
+def test_faces_are_those_of_postprocess_for_any_batch_height_and_width(network, faces_file, shape):
+    images = torch.randint(256, shape, dtype=torch.uint8)
+    found = run(faces_file, images)
+    with torch.no_grad():
+        wanted = postprocess(network(normalize(images)), shape[2:], network.config, 0.3, 0.4)
+    assert sum(len(faces.scores) for faces in wanted) > 3 * len(images)
+    assert found["picture_index"].tolist() == [picture for picture, faces in enumerate(wanted) for _ in faces.scores]
+    for picture, faces in enumerate(wanted):
+        here = found["picture_index"] == picture
+        assert_same_faces({name: found[name][here] for name in faces._fields}, faces)
+
+
+def test_a_face_at_the_threshold_is_kept(network, every_step):
+    # Two equal logits, as INT8 often has them, are a score of exactly one half.
+    boxes, scores, landmarks = torch.tensor([[[0.0, 0, 9, 9]]]), torch.tensor([[0.5]]), torch.zeros(1, 1, 5, 2)
+    for threshold, kept in ((0.5, [0.5]), (0.501, [])):
+        form = OnnxForm(network, network.config, replace(FACES, score_threshold=threshold))
+        assert form.select((boxes, scores, landmarks))[1].tolist() == kept
+    # ONNX Runtime keeps what is above the threshold.
+    (suppression,) = (node for node in every_step.graph.node if node.op_type == "NonMaxSuppression")
+    constants = {constant.name: constant for constant in every_step.graph.initializer}
+    below = onnx.numpy_helper.to_array(constants[suppression.input[4]]).item()
+    assert below == np.nextafter(np.float32(0.3), np.float32(0))
+
+
+def test_what_the_files_of_each_form_say(faces_file, file):
+    model = onnx.load(faces_file)
+    onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    shapes = {
+        value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    assert shapes == {
+        "images": ["batch", 3, "height", "width"],
+        "boxes": ["faces", 4],
+        "scores": ["faces"],
+        "landmarks": ["faces", 5, 2],
+        "picture_index": ["faces"],
+    }
+    assert [entry.version for entry in model.opset_import if entry.domain == ""] == [OPSET] == [18]
+    facts = facts_of(faces_file)
+    assert (facts["form"], facts["input"]["type"], facts["input"]["subtract"]) == ("end_to_end", "uint8", [0, 0, 0])
+    assert (facts["score_threshold"], facts["nms_threshold"], facts["keep"]) == (0.3, 0.4, 750)
+    assert (facts["opset"], facts["licence"], facts["variances"]) == (18, "Apache-2.0", [0.1, 0.2])
+    raw = facts_of(file)
+    assert (raw["form"], raw["input"]["type"], raw["input"]["subtract"]) == ("raw", "float32", [104, 117, 123])
+    assert not {"score_threshold", "trained_on", "average_precision"} & raw.keys()
+
+
+def test_version_is_that_of_the_project(file):
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert facts_of(file)["version"] == project["version"]
+    assert facts_of(file)["licence"] == project["license"]
+
+
+def test_decoded_of_a_fixed_size(network, tmp_path):
+    settings = OnnxSettings("decoded", size=(97, 133), batch=2)
+    path = tmp_path / "decoded.onnx"
+    export_onnx(network, path, settings)
+    model = onnx.load(path)
+    onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    assert not {"Shape", "Range"} & {node.op_type for node in model.graph.node}  # all that sizes say is a constant
+    assert (facts_of(path)["size"], facts_of(path)["batch"]) == ([97, 133], 2)
+    images = torch.rand(2, 3, 97, 133) * 255 - 110
+    found = run(path, images)
+    with torch.no_grad():
+        wanted = postprocess(network(images), (97, 133), network.config, 0, 1)
+    for picture, faces in enumerate(wanted):
+        order = found["scores"][picture].argsort(descending=True)
+        assert_same_faces({name: output[picture][order] for name, output in found.items()}, faces)
+    with pytest.raises(Exception, match="invalid dimensions"):
+        run(path, images[:1])
+
+
+def with_wrong_overlap(model):
+    node = next(node for node in model.graph.node if node.op_type == "NonMaxSuppression")
+    constant = next(each for each in model.graph.initializer if each.name == node.input[3])
+    constant.CopyFrom(onnx.numpy_helper.from_array(np.zeros(1, np.float32), constant.name))
+
+
+def with_wrong_sides(model):
+    next(node for node in model.graph.node if node.op_type == "Exp").op_type = "Sigmoid"
+
+
+@pytest.mark.parametrize(("spoil", "output"), [(with_wrong_overlap, "boxes"), (with_wrong_sides, "anchor_boxes")])
+def test_no_file_where_a_later_step_is_wrong(network, every_step, tmp_path, monkeypatch, spoil, output):
+    model = onnx.ModelProto()
+    model.CopyFrom(every_step)
+    spoil(model)
+    monkeypatch.setattr("retinaface.delivery.export._to_onnx", exported_as(model))
+    with pytest.raises(RuntimeError, match=f"x.onnx: {output} of ONNX Runtime differs from what torch makes"):
+        export_onnx(network, tmp_path / "x.onnx", FACES)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_photos_are_looked_at_too(network, quick_export, tmp_path, monkeypatch):
+    photo = tmp_path / "photo.png"
+    cv2.imwrite(str(photo), np.zeros((40, 90, 3), np.uint8))
+    seen = []
+    compare = under_test._compare_raw
+    monkeypatch.setattr(under_test, "_compare_raw", lambda *given: seen.append(given[2]) or compare(*given))
+    export_onnx(network, tmp_path / "x.onnx", photos=[photo])
+    assert [tuple(images.shape) for images in seen] == [(1, 3, 64, 96), (2, 3, 160, 120), (1, 3, 64, 90)]
+    assert seen[-1][0, :, 0, 0].tolist() == [-104, -117, -123]
+    photo.write_text("no picture")
+    with pytest.raises(InputError, match=r"photo.png: truncated or not a picture"):
+        export_onnx(network, tmp_path / "y.onnx", photos=[photo])
+    assert not (tmp_path / "y.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("precision", "differences", "right"),
+    [("int8", [0, 1.4], True), ("int8", [1.4, 0], False), ("int8", [0.5, 1.4], False), ("float", [0, 1.4], False)],
+)
+def test_int8_is_judged_by_the_mean_over_the_pictures_so_far(
+    network, compressed, onnx_files, monkeypatch, precision, differences, right
+):
+    given = iter(torch.tensor([[difference] * 3, [0.75] * 3]) for difference in differences)
+    monkeypatch.setattr(under_test, "_compare_raw", lambda *_: next(given))
+    checked = compressed.int8 if precision == "int8" else network
+    form = OnnxForm(network, network.config, OnnxSettings())
+    outcome = nullcontext() if right else pytest.raises(RuntimeError, match=r"class_logits .* differs from torch")
+    with outcome:
+        under_test._check_outputs(form, checked, onnx_files[precision], [])
+
+
+def test_training_data_and_accuracy_where_known(network, quick_export, tmp_path):
+    export_onnx(network, tmp_path / "x.onnx", trained_on="wider_face", average_precision={"hard": 0.75})
+    facts = facts_of(tmp_path / "x.onnx")
+    assert (facts["trained_on"], facts["average_precision"]) == ("wider_face", {"hard": 0.75})
+    assert load_detector(tmp_path / "x.onnx").config == network.config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"form": "cooked"}, "form is 'cooked'; expected one of raw, decoded, end_to_end"),
+        ({"input": "rgb"}, "input is 'rgb'; expected one of normalized, uint8"),
+        ({"size": (32, 640)}, "size is 32x640; expected height and width of 33 pixels or more"),
+        ({"size": (640,)}, "size is 640; expected height and width"),
+        ({"batch": 0}, "batch is 0; expected 1 or more"),
+        ({"score_threshold": 1.5}, "score_threshold is 1.5; expected a number from 0 to 1"),
+        ({"nms_threshold": -1}, "nms_threshold is -1; expected a number from 0 to 1"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(InputError, match=message):
+        OnnxSettings(**settings)
+
+
+@pytest.mark.slow
+@pytest.mark.reference
+def test_faces_in_photos_are_those_of_the_detector(reference, tiny_root, tmp_path):
+    network, _ = load_float_network(reference / "weights" / "mobilenet025_widerface.pth")
+    photos = sorted((reference / "photos").glob("*.jpg"))
+    export_onnx(network, tmp_path / "faces.onnx", OnnxSettings("end_to_end", "uint8"), photos)
+    detector = load_detector(reference / "weights" / "mobilenet025_widerface.pth")
+    counts = []
+    for path in (*photos, next(tiny_root.rglob("*.jpg"))):  # it finds nothing in the last
+        image = read_image(path)
+        wanted = detector.detect(image)
+        found = run(tmp_path / "faces.onnx", torch.from_numpy(image).permute(2, 0, 1)[None].contiguous())
+        counts.append(len(wanted.scores))
+        assert_same_faces(found, wanted)
+    assert min(counts[:-1]) > 20 > counts[-1] == 0
+
+
+@pytest.mark.slow
+def test_int8_is_a_third_in_size_and_stays_int8_behind_uint8(build_network, tmp_path):
+    """Of mobilenet0.25 at its published width, everything in INT8."""
+    network = build_network()
+    prepared = prepare_for_training(network, QuantizationSettings(keep_float=(), averaging=0.5)).train()
+    with torch.no_grad():
+        for _ in range(3):
+            prepared(torch.rand(2, 3, 96, 128) * 255 - 110)
+    export_onnx(network, tmp_path / "float.onnx")
+    export_onnx(prepared.eval(), tmp_path / "int8.onnx")
+    export_onnx(prepared, tmp_path / "faces.onnx", OnnxSettings("end_to_end", "uint8"))
+    sizes = {path.stem: path.stat().st_size for path in tmp_path.iterdir()}
+    assert sizes["int8"] <= 0.3 * sizes["float"]
+    shares = [convolutions_in_int8(tmp_path / f"{name}.onnx") for name in ("int8", "faces")]
+    assert all(share.int8 == share.total == 56 for share in shares)

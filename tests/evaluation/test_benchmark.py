@@ -1,17 +1,17 @@
 import dataclasses
-import io
 import json
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from rich.console import Console
 
 from retinaface.cpus import physical_cores
 from retinaface.errors import InputError
 from retinaface.evaluation import benchmark as module
-from retinaface.evaluation.benchmark import Timing, benchmark, benchmark_table, machine_facts
+from retinaface.evaluation.benchmark import Rounds, benchmark, machine_facts, pair_up, time_in_turns
+from retinaface.evaluation.raw_call import RawCall
 
 
 def save_model(path, convolutions=1, shape=("batch", 3, "height", "width"), kind=TensorProto.FLOAT):
@@ -76,7 +76,8 @@ def test_models_take_turns_in_rotated_order():
 
 
 def summary(baseline, times):
-    return module._summarise("m.onnx", 640, 1, 2, np.asarray(baseline), np.asarray(times))
+    entries = ((0, "onnxruntime"), (1, "onnxruntime"))
+    return Rounds((Path("a.onnx"), Path("m.onnx")), entries, np.stack([baseline, times], 1), 640, 1, 2)._summarise(1, 0)
 
 
 def test_disturbances_of_whole_rounds_cancel():
@@ -99,25 +100,50 @@ def test_noise_is_rarely_called_a_difference():
     assert sum(verdicts) <= 20  # 5 % expected
 
 
-def test_table_tells_baseline_faster_slower_and_noise():
-    timing = Timing("base.onnx", 640, 1, 2, 100, 12.34, 11, 14, 1, 1, 1, 1, 1, False)
-    others = [
-        dataclasses.replace(timing, model="int8.onnx", ratio=1.85, differs=True),
-        dataclasses.replace(timing, model="slow.onnx", ratio=0.5, differs=True),
-        dataclasses.replace(timing, model="same.onnx", ratio=1.01),
+def test_everyone_against_the_first_within_a_runtime_and_at_best():
+    entries = ((0, "onnxruntime"), (0, "openvino"), (1, "onnxruntime"), (1, "openvino"))
+    times = np.tile([13.0, 8.0, 7.0, 10.0], (20, 1)) * np.linspace(1, 3, 20)[:, None]
+    rounds = Rounds((Path("teacher.onnx"), Path("int8.onnx")), entries, times, 640, 1, 2)
+
+    def seen(timings):
+        return [(Path(each.model).stem, each.runtime, each.ratio) for each in timings]
+
+    teacher, int8 = ("teacher", "onnxruntime", 1.0), ("int8", "onnxruntime", pytest.approx(13 / 7))
+    assert seen(rounds.timings())[0] == teacher
+    assert seen(rounds.timings())[2] == int8
+    assert seen(rounds.within("onnxruntime")) == [teacher, int8]
+    assert seen(rounds.within("openvino")) == [("teacher", "openvino", 1.0), ("int8", "openvino", pytest.approx(0.8))]
+    assert seen(rounds.fastest()) == [("teacher", "openvino", 1.0), ("int8", "onnxruntime", pytest.approx(8 / 7))]
+
+
+def test_models_are_paired_with_the_runtimes_of_their_kind():
+    models = [Path("a.ckpt"), Path("b.onnx")]
+    assert pair_up(models, ["onnxruntime", "torch", "openvino", "torch"]) == [
+        (0, "torch"),
+        (1, "onnxruntime"),
+        (1, "openvino"),
     ]
-    console = Console(file=io.StringIO(), width=120)
-    console.print(benchmark_table([timing, *others]))
-    lines = console.file.getvalue().splitlines()
-    for model, figure, verdict in (
-        ("base.onnx", "12.34", "baseline"),
-        ("int8.onnx", "1.85x", "faster"),
-        ("slow.onnx", "0.50x", "slower"),
-        ("same.onnx", "1.01x", "within noise"),
-    ):
-        (line,) = (line for line in lines if model in line)
-        assert figure in line
-        assert verdict in line
+    with pytest.raises(InputError, match=r"a\.ckpt: onnxruntime and openvino cannot run it"):
+        pair_up(models, ["onnxruntime", "openvino"])
+    with pytest.raises(InputError, match=r"runtime torch: none of the models is for it; name a \.ckpt or \.pth"):
+        pair_up(models[1:], ["onnxruntime", "torch"])
+
+
+def test_all_models_and_runtimes_take_turns_in_the_same_rounds(monkeypatch):
+    log = []
+
+    def pretend(model, runtime, size, batch, threads):
+        log.append((model.name, runtime, size, batch, threads))
+        return RawCall(lambda: None)
+
+    monkeypatch.setattr(module, "prepare", pretend)
+    rounds = time_in_turns([Path("a.onnx"), Path("b.onnx")], ["openvino", "onnxruntime"], 96, 3, 1, 5, 2)
+    assert log == [
+        (name, runtime, 96, 2, 3) for name in ("a.onnx", "b.onnx") for runtime in ("openvino", "onnxruntime")
+    ]
+    assert rounds.milliseconds.shape == (5, 4)
+    assert [timing.runtime for timing in rounds.timings()] == ["openvino", "onnxruntime"] * 2
+    assert (rounds.size, rounds.batch, rounds.threads) == (96, 2, 3)
 
 
 def test_bad_models_are_refused(tmp_path):
@@ -162,6 +188,7 @@ def test_machine_facts(monkeypatch):
     assert facts["cpu"] == "Some CPU @ 3 GHz"
     assert facts["threads"] >= facts["cores"] >= 1
     assert facts["onnxruntime"]
+    assert "openvino" in facts
     json.dumps(facts)
 
 

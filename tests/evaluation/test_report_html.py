@@ -50,7 +50,9 @@ def model(name, speedup, size, compared=False, **changes):
 
 
 def make_report(compared=False, **changes):
-    machine = dict.fromkeys(("cpu", "os", "python", "torch", "lightning", "torchao", "onnxruntime"), "1.2.3")
+    machine = dict.fromkeys(
+        ("cpu", "os", "python", "torch", "lightning", "torchao", "onnxruntime", "openvino"), "1.2.3"
+    )
     models = [model("teacher", 1.0, 1_600_000, compared), model("pruned", 1.2, 900_000, compared)]
     return {
         "recipe": "demo",
@@ -67,6 +69,11 @@ def make_report(compared=False, **changes):
         "speedup": 1.85,
         "speedup_interval": [1.8, 1.9],
         "benchmark": {"size": 640, "threads": 2, "rounds": 100, "runtime": "onnxruntime"},
+        "fastest": {
+            "runtimes": ["onnxruntime", "openvino"],
+            "teacher": {"runtime": "openvino", "median_ms": 8.6},
+            "final": {"runtime": "onnxruntime", "median_ms": 7.0, "ratio": 1.23, "differs": True},
+        },
         "reproduction": {
             "command": "python compress.py configs/recipes/demo.yaml",
             "recipe": "stages:\n  - name: teacher\n",
@@ -314,3 +321,18 @@ def test_the_browser_would_notice(page, tmp_path):
     assert answer["wide"] > 900
     assert any("Content Security Policy" in line for line in console)
     assert answer["background"] == "rgb(21, 24, 27)"
+
+
+def test_the_fastest_runtimes_are_compared_too(run_folder, tiny_root, quick_plots):
+    def text(**changes):
+        return text_of(report_html(make_report(**changes), make_evaluations(tiny_root), LAYERS, run_folder))
+
+    both = text()
+    assert "is 1.85x as fast (95 % interval 1.80-1.90) in ONNX Runtime" in both
+    assert "int8 in ONNX Runtime (7.00 ms) is 1.23x as fast as teacher in float in OpenVINO (8.60 ms)" in both
+    fastest = make_report()["fastest"]
+    noise = {**fastest, "final": {**fastest["final"], "ratio": 1.01, "differs": False}}
+    assert "is not measurably faster or slower (1.01x) than teacher" in text(fastest=noise)
+    assert "OpenVINO is not installed" in text(fastest={**fastest, "runtimes": ["onnxruntime"]})
+    measured = {**make_report()["benchmark"], "runtime": "openvino"}
+    assert "made for onnxruntime; what OpenVINO makes of it" in text(benchmark=measured)

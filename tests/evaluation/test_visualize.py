@@ -3,6 +3,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+from retinaface.evaluation.benchmark import Timing
 from retinaface.evaluation.visualize import (
     GREEN,
     GREY,
@@ -15,6 +16,7 @@ from retinaface.evaluation.visualize import (
     draw_training_batch,
     plot_ap_against_latency,
     plot_ap_by_size,
+    plot_benchmark,
     plot_face_sizes,
     plot_kept_channels,
     plot_mixed_precision,
@@ -289,3 +291,14 @@ def test_training_has_a_panel_for_what_was_logged(tmp_path):
     assert "AP" not in svg_text(tmp_path / "losses.svg")
     with pytest.raises(ValueError, match="no losses"):
         plot_training({}, tmp_path / "none.svg")
+
+
+def test_benchmark_has_a_panel_per_combination_and_tells_noise(tmp_path):
+    first = Timing("run/teacher.onnx", 640, 1, 2, 100, 12.0, 11.0, 14.0, 1, 1, 1, 1, 1, False)
+    faster = Timing("run/int8.onnx", 640, 1, 2, 100, 6.0, 5.0, 9.0, 2, 1, 3, 1.9, 2.1, True, "openvino")
+    same = Timing("run/pruned.onnx", 640, 1, 2, 100, 11.9, 11.0, 14.0, 1.01, 0.9, 1.1, 0.95, 1.05, False)
+    plot_benchmark({"one thread": [first, faster, same], "two threads": [first]}, tmp_path / "plot.svg")
+    text = svg_text(tmp_path / "plot.svg")
+    for label in ("one thread", "two threads", "teacher.onnx, onnxruntime", "int8.onnx, openvino", "6.00 ms 2.00x"):
+        assert label in text
+    assert text.count("within noise") == 1

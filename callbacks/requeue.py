@@ -1,0 +1,135 @@
+"""Saves between two steps when a cluster's time is over, and has the job start again."""
+
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
+
+from lightning_modules.checkpoint_io import REQUEUED, previous_of
+from retinaface.slurm import SAVED, requeue_job
+
+_VALIDATION = "epoch_loop.val_loop.batch_progress"
+
+
+class Requeue(L.Callback):
+    """Goes with ``configs/slurm/slurm.yaml``: a job that must end saves after the step that it is in, and ends.
+
+    SIGUSR2 (``#SBATCH --signal=USR2@300``: 300 seconds before the time limit) puts the job back into the queue; SIGTERM
+    (it is pre-empted or cancelled) leaves that to the cluster. All processes end after the same step, with status 75,
+    and ``--ckpt_path=last`` goes on with the next step. A validation is broken off and begun anew; an export that is
+    under way goes on for as long as the cluster lets it, and is done again.
+
+    The checkpoint is ``requeued.ckpt`` beside those of ``ModelCheckpoint``; when the fit is over it is deleted. In the
+    list of callbacks this one belongs behind all that change something after a step.
+
+    Lightning's own way, ``SLURMEnvironment(auto_requeue=True)``, saves inside the signal handler: in the middle of a
+    step, where parameters, batch statistics and the counters do not fit together, and each process in another one,
+    which with several of them ends in a deadlock.
+    """
+
+    def __init__(self) -> None:
+        self._asked: set[int] = set()
+        self._ending = self._trained = False
+        self._first_process = True
+        self._before: Any = signal.SIG_DFL
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._first_process = trainer.is_global_zero
+            self._before = signal.signal(signal.SIGUSR2, self._notice)
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # In place of Lightning's handler, which talks to the other processes wherever each of them is. Until then, and
+        # again after the training, when there is nothing to save, SIGTERM ends the process; Lightning sees to that.
+        signal.signal(signal.SIGTERM, self._notice)
+
+    def _notice(self, number: int, _: FrameType | None) -> None:
+        # Some clusters send it to the loader's processes too. Torch would raise for those that end, within the step.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self._asked.add(number)
+        self._requeue_after_training()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Going on from the end of an epoch's last step, Lightning would leave out what ends the epoch.
+        if not trainer.is_last_batch:
+            self._end_if_asked(trainer)
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._end_if_asked(trainer)
+
+    @override
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._ending and trainer.validating:
+            # As if in the first batch: what the metric has seen is not saved, so validation must begin anew.
+            begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+            progress = checkpoint["loops"]["fit_loop"][_VALIDATION]
+            checkpoint["loops"]["fit_loop"][_VALIDATION] = {
+                **progress,
+                "current": begun,
+                "total": begun,
+                "is_last_batch": False,
+            }
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._trained = True
+        self._requeue_after_training()
+
+    def _requeue_after_training(self) -> None:
+        """At once: ModelCheckpoint has saved, and what follows has no steps to wait for."""
+        if self._trained and self._first_process and signal.SIGUSR2 in self._asked:
+            self._asked.clear()
+            requeue_job()
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            file = _file(trainer)
+            file.unlink(missing_ok=True)
+            previous_of(file).unlink(missing_ok=True)
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            signal.signal(signal.SIGUSR2, self._before)
+
+    def _end_if_asked(self, trainer: L.Trainer) -> None:
+        any_process = partial(trainer.strategy.reduce_boolean_decision, all=False)
+        if not any_process(bool(self._asked)):
+            return
+        self._ending = True
+        trainer.save_checkpoint(_file(trainer))
+        place = f"epoch {trainer.current_epoch}, step {trainer.global_step}"
+        rank_zero_info(f"requeue: the time is over in {place}; saved {_file(trainer)}")
+        if any_process(signal.SIGUSR2 in self._asked) and trainer.is_global_zero and not requeue_job():
+            rank_zero_info("requeue: the cluster did not take the job back; submit it again, and it goes on from there")
+        trainer.strategy.barrier("requeue")  # srun ends all processes when the first one ends
+        sys.exit(SAVED)
+
+
+def _file(trainer: L.Trainer) -> Path:
+    callback = trainer.checkpoint_callback
+    folder = callback.dirpath if isinstance(callback, ModelCheckpoint) else None
+    return Path(folder or trainer.default_root_dir) / REQUEUED

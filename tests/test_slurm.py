@@ -1,0 +1,384 @@
+import getpass
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import compress
+from retinaface.errors import InputError
+from retinaface.slurm import as_step, job_id, requeue_job
+
+ROOT = Path(__file__).parents[1]
+SBATCH = """#!{python}
+import os, sys
+from pathlib import Path
+
+folder = Path({folder!r})
+with (folder / "submitted").open("a") as file:
+    file.write(repr((sys.argv[1:], os.environ["VENV"], os.environ["PROJECT"])) + "\\n")
+number = len((folder / "submitted").read_text().splitlines())
+if (folder / "refuse").exists() and number == int((folder / "refuse").read_text()):
+    sys.exit("sbatch: error: QOSMaxSubmitJobPerUserLimit")
+print(f"{{100 + number}};cluster")
+"""
+RECIPE = """
+description: for tests
+root: photos
+stages:
+  - {name: teacher, config: [data/synthetic_faces.yaml, stage/teacher.yaml]}
+  - {name: pruned, config: [data/synthetic_faces.yaml, stage/prune.yaml]}
+"""
+
+
+def program(path, text):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """A recipe in the current folder, and programs in place of SLURM's that note what they are asked."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    program(tmp_path / "bin" / "sbatch", SBATCH.format(python=sys.executable, folder=str(tmp_path)))
+    for name in ("scancel", "scontrol"):
+        program(tmp_path / "bin" / name, f'#!/bin/sh\necho "$@" >> {tmp_path / name}\n')
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+def submitted(folder):
+    return [eval(line) for line in (folder / "submitted").read_text().splitlines()]
+
+
+def test_a_chain_of_jobs(cluster, capsys):
+    options = ["--submit", "slurm", "--partition", "fast", "--gpus=2", "--time", "8:00:00", "--sbatch=--account='a b'"]
+    compress.main(["recipe.yaml", "--out", "out", "--trainer.max_epochs", "3", *options])
+    script = str(ROOT / "configs" / "slurm" / "compress.sbatch")
+    recipe = ["recipe.yaml", "--out", "out", "--trainer.max_epochs", "3"]
+    for number, (name, (words, venv, project)) in enumerate(
+        zip(("teacher", "pruned", "report"), submitted(cluster), strict=True)
+    ):
+        log = f"--output={cluster / 'out' / 'slurm' / name}-%j.log"
+        own = ["--nodes=1", "--ntasks-per-node=1"] if name == "report" else []
+        waits = ["--kill-on-invalid-dep=yes", f"--dependency=afterok:{100 + number}"] if number else []
+        gpus = ["--gpus-per-node=2", "--ntasks-per-node=2"]
+        common = ["--partition=fast", "--time=8:00:00", *gpus, "--account=a b"]
+        assert words == [
+            *("--parsable", f"--job-name=out-{name}", log, *common, *own, *waits, script),
+            *(*recipe, "--only", name),
+        ]
+        assert (venv, project) == (sys.prefix, str(ROOT))
+    shown = capsys.readouterr().out
+    assert "pruned: job 102, after 101" in shown
+    assert "squeue --jobs=101,102,103" in shown
+    assert f"tail -F {cluster / 'out' / 'slurm'}/*.log" in shown
+
+
+def test_what_is_done_is_not_submitted(cluster, capsys):
+    (cluster / "out").mkdir()
+    (cluster / "out" / "teacher.onnx").touch()
+    compress.main(["recipe.yaml", "--out", "out", "--submit", "slurm"])
+    assert [words[-1] for words, *_ in submitted(cluster)] == ["pruned", "report"]
+    assert not any(word.startswith("--dependency") for word in submitted(cluster)[0][0])
+    assert "teacher: done before" in capsys.readouterr().out
+
+
+def one_line_error(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        compress.main(["recipe.yaml", "--out", "out", *arguments])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_a_refused_job_leaves_none(cluster, capsys):
+    (cluster / "refuse").write_text("3")
+    assert "--submit slurm: sbatch: error: QOSMax" in one_line_error(capsys, "--submit", "slurm")
+    assert (cluster / "scancel").read_text() == "101 102\n"
+
+
+def test_no_slurm_is_one_line(cluster, capsys):
+    (cluster / "bin" / "sbatch").unlink()
+    assert "there is no sbatch here" in one_line_error(capsys, "--submit", "slurm")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--partition=fast"], "add --submit slurm"),
+        (["--submit=slurm", "--only=teacher"], "leave --only and --srun to the jobs"),
+        (["--submit=slurm", "--sbatch='a"], "No closing quotation"),
+        (["--only=int8"], "no such stage; expected one of teacher, pruned, report"),
+        (["--only=report"], "teacher, pruned must be done before"),
+    ],
+)
+def test_wrong_options_are_one_line(options, message, cluster, capsys):
+    assert message in one_line_error(capsys, *options)
+    assert not (cluster / "submitted").exists()
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """What would run, instead of running it."""
+    seen = []
+
+    def run(command):
+        seen.append(command)
+        folder = next(word for word in command if word.startswith("--trainer.default_root_dir=")).partition("=")[2]
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / "model.onnx").touch()
+
+    monkeypatch.setattr(compress, "_run", run)
+    monkeypatch.setattr(compress, "_report", lambda run: seen.append(run.command))
+    return seen
+
+
+def test_a_job_runs_its_stage_with_srun(cluster, commands, monkeypatch):
+    for name, value in (("SLURM_NNODES", "3"), ("SLURM_NTASKS_PER_NODE", "2"), ("SLURM_JOB_ID", "7")):
+        monkeypatch.setenv(name, value)
+    compress.main(["recipe.yaml", "--out", "out", "--only", "teacher", "--srun"])
+    (command,) = commands
+    assert command[:3] == ["srun", "--kill-on-bad-exit=1", "--export=ALL,WANDB_RUN_ID=out-teacher-7"]
+    assert command[-4:] == [
+        *("--config", str(ROOT / "configs" / "slurm" / "slurm.yaml")),
+        *("--trainer.num_nodes=3", "--trainer.devices=2"),
+    ]
+    compress.main(["recipe.yaml", "--out", "out", "--only", "pruned", "--srun"])
+    compress.main(["recipe.yaml", "--out", "out", "--only", "report", "--srun"])
+    # What the report tells its reader to type is what gives the same without the cluster.
+    assert commands[2] == "python compress.py recipe.yaml --out out"
+
+
+def test_a_recipe_may_go_on_without_the_cluster(cluster, commands, monkeypatch):
+    for name, value in (("SLURM_NNODES", "1"), ("SLURM_NTASKS_PER_NODE", "1"), ("SLURM_JOB_ID", "7")):
+        monkeypatch.setenv(name, value)
+    compress.main(["recipe.yaml", "--out", "out", "--only", "teacher", "--srun"])
+    (cluster / "out" / "teacher" / "checkpoints").mkdir()
+    (cluster / "out" / "teacher" / "checkpoints" / "last.ckpt").touch()
+    compress.main(["recipe.yaml", "--out", "out"])
+    assert commands[1][0] == sys.executable
+
+
+def test_srun_outside_of_a_job(monkeypatch):
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
+    monkeypatch.setenv("SLURM_NNODES", "1")
+    with pytest.raises(InputError, match=r"SLURM_NTASKS_PER_NODE is not set; --srun belongs into a job"):
+        as_step(["python"], "run")
+
+
+def test_the_job_is_asked_for_again(cluster, monkeypatch):
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert job_id() == "7"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert requeue_job()
+    assert (cluster / "scontrol").read_text() == "requeue 5_2\n"
+    program(cluster / "bin" / "scontrol", "#!/bin/sh\nkill -TERM $$\n")
+    assert requeue_job()
+    program(cluster / "bin" / "scontrol", "#!/bin/sh\nexit 1\n")
+    assert not requeue_job()
+    (cluster / "bin" / "scontrol").unlink()
+    assert not requeue_job()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "slurm").glob("*.sbatch")), ids=lambda path: path.name)
+def test_batch_scripts_save_in_time_and_start_again(path):
+    lines = path.read_text().splitlines()
+    assert {"#SBATCH --signal=USR2@300", "#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(lines)
+    # as_step and train.sbatch need the variable that this one sets.
+    assert "#SBATCH --ntasks-per-node=1" in lines
+
+
+SLURM_CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+AuthType=auth/none
+CredType=cred/none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmUser={user}
+SlurmdUser={user}
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+SlurmdSpoolDir={folder}/slurmd
+StateSaveLocation={folder}/slurmctld
+ReturnToService=2
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+SLOW = """
+import os, time
+from pathlib import Path
+import lightning as L
+from callbacks import Requeue
+
+class WaitForTheEnd(L.Callback):
+    # Until the time limit is near, in the third step, when the job runs for the first time.
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        (requeue,) = [each for each in trainer.callbacks if isinstance(each, Requeue)]
+        while trainer.global_step == 2 and "SLURM_RESTART_COUNT" not in os.environ and not requeue._asked:
+            Path(trainer.default_root_dir, "waiting").touch()
+            time.sleep(0.1)
+"""
+PHOTOS = {"train_photos": 12, "val_photos": 3, "photo_size": 96, "train_size": 64, "batch_size": 2, "num_workers": 1}
+
+
+def free_ports(number):
+    sockets = [socket.socket() for _ in range(number)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def wait_until(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(1)
+    return condition()
+
+
+def ask(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def real_cluster():
+    """A cluster of one node, this machine, which runs as this user."""
+    missing = [name for name in ("slurmctld", "slurmd", "sbatch", "srun") if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"SLURM is not installed ({', '.join(missing)} not found)")
+    host = socket.gethostname().partition(".")[0]
+    with tempfile.TemporaryDirectory(prefix="slurm") as folder, pytest.MonkeyPatch.context() as patch:
+        user, cpus = getpass.getuser(), max(2, len(os.sched_getaffinity(0)))
+        conf = Path(folder) / "slurm.conf"
+        conf.write_text(SLURM_CONF.format(host=host, ports=free_ports(2), user=user, cpus=cpus, folder=folder))
+        patch.setenv("SLURM_CONF", str(conf))
+        daemons = [subprocess.Popen([name, "-D"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                   for name in ("slurmctld", "slurmd")]  # fmt: skip
+        try:
+            if not wait_until(lambda: "idle" in ask("sinfo", "-h", "-o", "%t"), 60):
+                pytest.skip(f"SLURM does not start here: {(Path(folder) / 'slurmctld.log').read_text()[-500:]}")
+            yield
+            subprocess.run(["scancel", "--user", user], check=False)
+            wait_until(lambda: not ask("squeue", "-h"), 60)
+        finally:
+            for daemon in reversed(daemons):
+                daemon.terminate()
+                daemon.wait(timeout=60)
+
+
+def write_real_recipe(folder):
+    common = {"trainer.accelerator": "cpu", **{f"data.init_args.{name}": value for name, value in PHOTOS.items()}}
+    teacher = {"trainer.max_epochs": 2, "model.init_args.network.channels": 16}
+    pruned = {f"model.init_args.{role}": "${teacher}" for role in ("student", "teacher")}
+    synthetic = "data/synthetic_faces.yaml"
+    stages = [
+        {
+            "name": "teacher",
+            "config": [synthetic, "model/mobilenet025.yaml", "stage/teacher.yaml"],
+            "options": {**common, **teacher},
+        },
+        {
+            "name": "pruned",
+            "config": [synthetic, "stage/prune.yaml"],
+            "options": {**common, **pruned, "trainer.max_epochs": 1},
+        },
+    ]
+    content = {"description": "for tests", "root": str(folder / "photos"), "size": 64, "stages": stages}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+
+
+def run_compress(folder, *arguments):
+    command = [sys.executable, str(ROOT / "compress.py"), "recipe.yaml", *arguments]
+    path = {"PYTHONPATH": f"{folder}:{ROOT}"}
+    result = subprocess.run(
+        command, cwd=folder, env={**os.environ, **path}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return re.findall(r"^(?:\w+): job (\d+)", result.stdout, flags=re.MULTILINE)
+
+
+TWO_TASKS = ["--submit", "slurm", "--time=60", "--sbatch=--ntasks-per-node=2 --cpus-per-task=1 --signal=USR2@60"]
+
+
+def end_soon(job):
+    """Sets the job's time limit to the end of the minute after next, as SLURM counts in minutes."""
+    minutes, _, _ = ask("squeue", "-h", f"--jobs={job}", "-o", "%M").rpartition(":")
+    subprocess.run(["scontrol", "update", f"jobid={job}", f"TimeLimit={int(minutes) + 2}"], check=True)
+
+
+@pytest.mark.slow
+def test_a_job_whose_time_is_over_goes_on_and_the_chain_ends(real_cluster, tmp_path):
+    write_real_recipe(tmp_path)
+    (tmp_path / "slow.py").write_text(SLOW)
+    wait = "--teacher.trainer.callbacks+=slow.WaitForTheEnd"
+    teacher, _, _ = jobs = run_compress(tmp_path, "--out", "cut", wait, *TWO_TASKS)
+    logs = tmp_path / "cut" / "slurm"
+    saved = tmp_path / "cut" / "teacher" / "checkpoints" / "requeued.ckpt"
+    assert wait_until((tmp_path / "cut" / "teacher" / "waiting").exists, 400), ask("squeue")
+    end_soon(teacher)
+    assert wait_until(lambda: "Restarts=1" in ask("scontrol", "show", "job", teacher), 200), ask("squeue")
+    assert torch.load(saved, weights_only=True)["global_step"] == 3  # with the step that it was in
+    assert wait_until(lambda: "JobState=PENDING" in ask("scontrol", "show", "job", teacher), 60)
+    now = ["StartTime=now", "TimeLimit=60"]  # instead of in two minutes, for two minutes
+    subprocess.run(["scontrol", "update", f"jobid={teacher}", *now], check=True)
+    assert wait_until(lambda: not ask("squeue", "-h", f"--jobs={','.join(jobs)}"), 400), ask("squeue")
+    output = {name: (logs / f"{name}-{job}.log").read_text() for name, job in zip(STAGES, jobs, strict=True)}
+    assert "requeue: the time is over in epoch 0, step 3" in output["teacher"]
+    assert "[1/2] teacher: resuming" in output["teacher"]
+    assert "did not take the job back" not in output["teacher"]
+    assert "Traceback" not in output["teacher"]
+    assert "report.md" in output["report"]
+    assert (tmp_path / "cut" / "report.json").is_file()
+    assert not saved.exists()
+
+    whole = [sys.executable, str(ROOT / "train.py"), *teacher_arguments(tmp_path, "whole"), "--trainer.devices=2"]
+    subprocess.run(whole, cwd=tmp_path, check=True)
+    cut, whole = (
+        torch.load(tmp_path / run / "teacher" / "checkpoints" / "last.ckpt", weights_only=True)
+        for run in ("cut", "whole")
+    )
+    assert cut["global_step"] == whole["global_step"] == 6
+    different = [name for name, value in whole["state_dict"].items() if not torch.equal(cut["state_dict"][name], value)]
+    assert not different
+
+
+STAGES = ("teacher", "pruned", "report")
+
+
+def teacher_arguments(folder, out):
+    run = compress.parse_arguments([str(folder / "recipe.yaml"), "--out", str(folder / out)])
+    return run.arguments(run.recipe.stages[0])
+
+
+@pytest.mark.slow
+def test_a_stage_that_fails_stops_the_chain(real_cluster, tmp_path):
+    write_real_recipe(tmp_path)
+    wrong = "--teacher.model.init_args.optimizer.learning_rate=-1"
+    jobs = run_compress(tmp_path, "--out", "out", wrong, "--submit", "slurm", "--sbatch=--cpus-per-task=1")
+    assert wait_until(lambda: not ask("squeue", "-h", f"--jobs={','.join(jobs)}"), 200), ask("squeue")
+    log = (tmp_path / "out" / "slurm" / f"teacher-{jobs[0]}.log").read_text()
+    assert "error: optimizer: learning_rate is -1" in log
+    assert "[1/2] teacher: failed with status 2" in log
+    assert {file.name for file in (tmp_path / "out" / "slurm").iterdir()} == {f"teacher-{jobs[0]}.log"}
