@@ -280,9 +280,9 @@ def real_cluster():
             if not wait_until(lambda: "idle" in ask("sinfo", "-h", "-o", "%t"), 60):
                 pytest.skip(f"SLURM does not start here: {(Path(folder) / 'slurmctld.log').read_text()[-500:]}")
             yield
+        finally:
             subprocess.run(["scancel", "--user", user], check=False)
             wait_until(lambda: not ask("squeue", "-h"), 60)
-        finally:
             for daemon in reversed(daemons):
                 daemon.terminate()
                 daemon.wait(timeout=60)
