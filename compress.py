@@ -26,7 +26,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from retinaface.errors import InputError, one_line
-from retinaface.slurm import SAVED, Cluster, as_step, cancel_jobs, cluster_parser, job_id, read_cluster, submit_job
+from retinaface.slurm import SAVED, Cluster, as_step, cancel_jobs, cluster_parser, read_cluster, submit_job
 
 PROJECT = Path(__file__).resolve().parent
 CONFIGS = PROJECT / "configs"
@@ -121,6 +121,11 @@ class Run:
     def checkpoint(self, stage: str) -> Path:
         """Where a stage leaves its result."""
         return self.out / stage / "checkpoints" / "last.ckpt"
+
+    def begun(self, stage: str) -> bool:
+        """Whether a stage has left something to go on from."""
+        folder = self.checkpoint(stage).parent
+        return any(folder.glob("*.ckpt")) or any(folder.glob("*.ckpt.previous"))
 
     def exported(self, stage: str) -> Path:
         """The ONNX file that says that a stage is done."""
@@ -237,12 +242,12 @@ def _run_stage(run: Run, stage: Stage, title: str) -> None:
     if run.exported(stage.name).is_file():
         _console.print(f"{title}: done before")
         return
-    resumes = any(run.checkpoint(stage.name).parent.glob("*.ckpt*"))
+    resumes = run.begun(stage.name)
     _console.print(f"{title}: {'resuming' if resumes else 'starting'}")
     command = [sys.executable, str(PROJECT / "train.py"), *run.arguments(stage)]
     if run.cluster.srun:
         overlay = ["--config", str(CONFIGS / "slurm" / "slurm.yaml")]
-        command = as_step([*command, *overlay], run_id=f"{run.out.name}-{stage.name}-{job_id()}")
+        command = as_step([*command, *overlay], name=f"{run.out.name}-{stage.name}")
     try:
         _run([*command, *(["--ckpt_path=last"] if resumes else [])])
     except subprocess.CalledProcessError as error:
@@ -334,6 +339,8 @@ def _check_data(run: Run) -> None:
 
         commands = [run.arguments(stage) for stage in run.recipe.stages]
         prepare_root(run.root, download=any(_switched_on(command, "download", default=False) for command in commands))
+        if not _has_labels(run) and run.out.is_relative_to(run.root):
+            raise InputError(f"{run.out}: lies within {run.root}, whose photos are all read; choose another --out")
         load = load_split if _has_labels(run) else load_unlabelled
         for split in ("train", "val"):
             load(run.root, split)
@@ -344,9 +351,11 @@ def _check_data(run: Run) -> None:
 
 
 def _switched_on(arguments: Sequence[str], name: str, default: bool) -> bool:
-    """An option of a stage's data; as in ``train.py`` the last value counts."""
-    values = [value for option, value in _options(arguments) if option == f"--data.init_args.{name}"]
-    return yaml.safe_load(values[-1]) is True if values else default
+    """An option of a stage's data."""
+    return (
+        _setting(arguments, ("data", "init_args", name), (f"--data.init_args.{name}", f"--data.{name}"), default)
+        is True
+    )
 
 
 def _options(arguments: Sequence[str]) -> list[tuple[str, str]]:
@@ -355,14 +364,22 @@ def _options(arguments: Sequence[str]) -> list[tuple[str, str]]:
     return [(option, value) for option, value in pairwise(words) if option.startswith("--")]
 
 
-def _seed(arguments: Sequence[str]) -> int | bool | None:
-    """The seed of a stage; as in ``train.py`` the last option or configuration file that has one counts."""
-    seed = None
+def _setting(arguments: Sequence[str], keys: Sequence[str], options: Sequence[str], default: Any = None) -> Any:  # noqa: ANN401
+    """A setting of a stage; as in ``train.py`` the last configuration file or option that has it counts."""
+    setting = default
     for option, value in _options(arguments):
         if option == "--config":
-            seed = (yaml.safe_load(Path(value).read_text(encoding="utf-8")) or {}).get("seed_everything", seed)
-        elif option == "--seed_everything":
-            seed = yaml.safe_load(value)
+            content: Any = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            for key in keys:
+                content = content.get(key) if isinstance(content, dict) else None
+            setting = setting if content is None else content
+        elif option in options:
+            setting = yaml.safe_load(value)
+    return setting
+
+
+def _seed(arguments: Sequence[str]) -> int | bool | None:
+    seed: int | bool | None = _setting(arguments, ("seed_everything",), ("--seed_everything",))
     return seed
 
 
@@ -381,7 +398,7 @@ def _remember(run: Run) -> None:
     try:
         there = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else facts
         # A stage that never got as far as a checkpoint, for a mistyped option perhaps, may be started differently.
-        begun = {name: words for name, words in there["stages"].items() if run.checkpoint(name).is_file()}
+        begun = {name: words for name, words in there["stages"].items() if run.begun(name)}
         same = not begun or there["recipe"] == run.name
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{note}: damaged; choose another --out, or delete it if the folder is this run's") from error
@@ -493,6 +510,11 @@ def parse_arguments(args: list[str] | None) -> Run:
         words=words,
         cluster=cluster,
     )
+    for word in overrides:
+        if (cluster.submit or cluster.srun) and word.partition("=")[0].endswith(
+            ("trainer.devices", "trainer.num_nodes")
+        ):
+            raise InputError(f"{word}: a job trains with a process per task; give --gpus, or --sbatch='--nodes=2'")
     names = [*(stage.name for stage in recipe.stages), REPORT]
     if cluster.only is not None and cluster.only not in names:
         raise InputError(f"--only {cluster.only}: recipe {name} has no such stage; expected one of {', '.join(names)}")

@@ -88,8 +88,9 @@ def _stop(trainer: L.Trainer, what: str, batches: Sequence[Batch]) -> str:
     parts = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
     return (
         f"training: {_when(trainer)} the {what} not finite ({parts}) with the photos {photos}; the step was not taken. "
-        f"Look at {file.with_suffix('.jpg')} (and {file.name}, the batch itself); lower optimizer.learning_rate or "
-        "trainer.gradient_clip_val, then go on from the last checkpoint or start again"
+        f"Look at {file.with_suffix('.jpg')} (and {file.name}, the batch itself); if nothing "
+        "is wrong with it, start again with a lower model.init_args.optimizer.learning_rate or "
+        "trainer.gradient_clip_val (with compress.py: in another --out)"
     )
 
 

@@ -136,6 +136,11 @@ class QuantizationAwareTraining(L.Callback):
             "quantization: keep_float auto measures on training photos, so it needs a data module; give one, or name "
             "the modules",
         )
+        if not all(sample.labelled for sample in samples):
+            raise InputError(
+                "quantization: keep_float auto measures average precision, and the training photos have no labels; "
+                "name the modules"
+            )
         # Ranges come from other photos than those measured on, as they will when the network is used.
         photos = evenly_spread(samples, 2 * self.choose_photos)
         pictures = CalibrationPictures(photos[1::2] or photos, _CALIBRATION_PHOTOS)

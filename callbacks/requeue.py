@@ -22,8 +22,8 @@ class Requeue(L.Callback):
     """Goes with ``configs/slurm/slurm.yaml``: a job that must end saves after the step that it is in, and ends.
 
     SIGUSR2 (``#SBATCH --signal=USR2@300``: 300 seconds before the time limit) puts the job back into the queue; SIGTERM
-    (it is pre-empted or cancelled) leaves that to the cluster. All processes end after the same step, with status 75,
-    and ``--ckpt_path=last`` goes on with the next step. A validation is broken off and begun anew; an export that is
+    (it is pre-empted or cancelled) leaves that to the cluster. All processes end after the same optimizer step, with
+    status 75, and ``--ckpt_path=last`` goes on with the next one. A validation is broken off and begun anew; an export that is
     under way goes on for as long as the cluster lets it, and is done again.
 
     The checkpoint is ``requeued.ckpt`` beside those of ``ModelCheckpoint``; when the fit is over it is deleted. In the
@@ -38,13 +38,13 @@ class Requeue(L.Callback):
         self._asked: set[int] = set()
         self._ending = self._trained = False
         self._first_process = True
-        self._before: Any = signal.SIG_DFL
+        # At once: what other callbacks do in their setup may take longer than the cluster gives.
+        self._before: Any = signal.signal(signal.SIGUSR2, self._notice)
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
             self._first_process = trainer.is_global_zero
-            self._before = signal.signal(signal.SIGUSR2, self._notice)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -62,8 +62,9 @@ class Requeue(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Going on from the end of an epoch's last step, Lightning would leave out what ends the epoch.
-        if not trainer.is_last_batch:
+        # Gradients that are being accumulated are not saved. Going on from the end of an epoch's last step, Lightning
+        # would leave out what ends the epoch.
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and not trainer.is_last_batch:
             self._end_if_asked(trainer)
 
     @override

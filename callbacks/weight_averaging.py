@@ -35,7 +35,7 @@ class WeightAveraging(L.Callback):
         decay: Share of itself that the average keeps in a step, from 0 (no average) to below 1.
 
     Raises:
-        InputError: The share is out of range.
+        InputError: The share is out of range; when a fit begins, checkpoint.save_weights_only is set.
     """
 
     def __init__(self, decay: float = 0.999) -> None:

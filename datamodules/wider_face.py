@@ -134,6 +134,11 @@ class WiderFaceDataModule(L.LightningDataModule):
                 "into WIDER_val/images, and their labels into wider_face_split/"
             )
         if stage == "fit" and self.trainer is not None:
+            if self.trainer.early_stopping_callbacks:
+                raise InputError(
+                    f"{self.root}: its validation photos have no labels, so early stopping has no AP to look at; leave "
+                    "it out"
+                )
             self.trainer.limit_val_batches = 0
 
     @override

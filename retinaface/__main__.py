@@ -227,6 +227,8 @@ def benchmark(
     from retinaface.evaluation.raw_call import usable_runtimes
     from retinaface.evaluation.visualize import plot_benchmark
 
+    if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--plot: {plot} is no picture that can be written; expected .png, .svg or .pdf")
     runtimes, counts = runtime or usable_runtimes(models), threads or (physical_cores(),)
     every = []
     for side, photos, count in product(size, batch, counts):
@@ -247,7 +249,10 @@ def benchmark(
     if markdown is not None:
         _write_text(markdown, benchmark_markdown(every, footprints, conditions, machine), "--markdown")
     if plot is not None:
-        plot_benchmark({describe_rounds(each): each.timings() for each in every}, plot)
+        try:
+            plot_benchmark({describe_rounds(each): each.timings() for each in every}, plot)
+        except OSError as error:
+            raise InputError(f"--plot: {plot} cannot be written ({error.strerror}); choose another file") from error
 
 
 def throughput(
@@ -570,11 +575,11 @@ def _height_and_width(size: str) -> tuple[int, int]:
 
 
 def _photos_in(place: Path) -> list[Path]:
-    from retinaface.data.annotations import IMAGE_SUFFIXES
+    from retinaface.data.annotations import find_photos
 
     if not place.is_dir():
         return [place]
-    found = sorted(path for path in place.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    found = [place / name for name in find_photos(place)]
     if not found:
         raise InputError(f"--photos: {place} holds no photos; give a photo, or the folder that they are in")
     return found
@@ -659,6 +664,9 @@ def main(args: list[str] | None = None) -> None:
     except InputError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -106,8 +106,10 @@ def submit_job(
     """
     if shutil.which("sbatch") is None:
         raise InputError("--submit slurm: there is no sbatch here; submit on a machine of the cluster, or leave it out")
-    # Without the first, jobs behind a failed one would wait for ever.
-    waiting = [] if after is None else ["--kill-on-invalid-dep=yes", f"--dependency=afterok:{after}"]
+    # Two jobs of one name never run at once: submitted twice, a stage must not train twice in one folder.
+    waiting = ["--dependency=singleton"]
+    if after is not None:  # without the first, jobs behind a failed one would wait for ever
+        waiting = ["--kill-on-invalid-dep=yes", f"--dependency=singleton,afterok:{after}"]
     command = ["sbatch", "--parsable", *options, *waiting, str(script), *arguments]
     result = subprocess.run(
         command, env={**os.environ, **(environment or {})}, capture_output=True, text=True, check=False
@@ -123,24 +125,25 @@ def cancel_jobs(jobs: Sequence[str]) -> None:
         subprocess.run(["scancel", *jobs], check=False)
 
 
-def as_step(command: Sequence[str], run_id: str) -> list[str]:
+def as_step(command: Sequence[str], name: str) -> list[str]:
     """A training command as a step of the job that this process is in: once per task.
 
     Args:
         command: ``python train.py fit ...`` with ``configs/slurm/slurm.yaml`` among its configurations.
-        run_id: What W&B shall know the run by; a job that starts again goes on with the same curves.
+        name: What W&B shall know the run by, with the job's number; a job that starts again goes on with the same
+            curves.
 
     Raises:
         InputError: This is no job, or it does not say how many tasks a node has.
     """
     try:
-        nodes, tasks = os.environ["SLURM_NNODES"], os.environ["SLURM_NTASKS_PER_NODE"]
+        nodes, tasks, job = os.environ["SLURM_NNODES"], os.environ["SLURM_NTASKS_PER_NODE"], job_id()
     except KeyError as error:
         raise InputError(
             f"{error.args[0]} is not set; --srun belongs into a job that was submitted with --ntasks-per-node"
         ) from error
     # One process that fails would leave the others waiting for it.
-    srun = ["srun", "--kill-on-bad-exit=1", f"--export=ALL,WANDB_RUN_ID={run_id}"]
+    srun = ["srun", "--kill-on-bad-exit=1", f"--export=ALL,WANDB_RUN_ID={name}-{job}"]
     return [*srun, *command, f"--trainer.num_nodes={nodes}", f"--trainer.devices={tasks}"]
 
 

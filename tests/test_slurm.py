@@ -71,7 +71,9 @@ def test_a_chain_of_jobs(cluster, capsys):
     ):
         log = f"--output={cluster / 'out' / 'slurm' / name}-%j.log"
         own = ["--nodes=1", "--ntasks-per-node=1"] if name == "report" else []
-        waits = ["--kill-on-invalid-dep=yes", f"--dependency=afterok:{100 + number}"] if number else []
+        waits = ["--dependency=singleton"]
+        if number:
+            waits = ["--kill-on-invalid-dep=yes", f"--dependency=singleton,afterok:{100 + number}"]
         gpus = ["--gpus-per-node=2", "--ntasks-per-node=2"]
         common = ["--partition=fast", "--time=8:00:00", *gpus, "--account=a b"]
         assert words == [
@@ -90,7 +92,7 @@ def test_what_is_done_is_not_submitted(cluster, capsys):
     (cluster / "out" / "teacher.onnx").touch()
     compress.main(["recipe.yaml", "--out", "out", "--submit", "slurm"])
     assert [words[-1] for words, *_ in submitted(cluster)] == ["pruned", "report"]
-    assert not any(word.startswith("--dependency") for word in submitted(cluster)[0][0])
+    assert "--dependency=singleton" in submitted(cluster)[0][0]
     assert "teacher: done before" in capsys.readouterr().out
 
 

@@ -150,7 +150,7 @@ def load_unlabelled(root: Path | str, split: Split) -> list[Sample]:
         return load_split(root, "val") if labelled else _photos_alone(validation, find_photos(validation))
     images = root / "WIDER_train" / "images"
     images = images if images.is_dir() else root
-    samples = _photos_alone(images, [name for name in find_photos(images) if not name.startswith("WIDER_val/")])
+    samples = _photos_alone(images, [name for name in find_photos(images) if not name.startswith("WIDER_val/images/")])
     if validation.is_dir():
         return samples
     if len(samples) == 1:
@@ -262,13 +262,13 @@ def find_photos(images: Path, suffixes: Collection[str] = IMAGE_SUFFIXES) -> lis
         suffixes: What the names may end in, in lower case.
 
     Returns:
-        Paths relative to the folder with ``/`` between their parts, sorted; hidden files are left out.
+        Paths relative to the folder with ``/`` between their parts, sorted; hidden files and folders are left out.
     """
     photos = []
     for folder, folders, files in os.walk(images, followlinks=True):
         # A link to a folder above would be followed forever.
         here = Path(folder).resolve()
-        folders[:] = [name for name in folders if not here.is_relative_to((here / name).resolve())]
+        folders[:] = [name for name in folders if name[0] != "." and not here.is_relative_to((here / name).resolve())]
         inside = Path(folder).relative_to(images).as_posix()
         prefix = "" if inside == "." else f"{inside}/"
         photos += [f"{prefix}{file}" for file in files if file.lower().endswith(tuple(suffixes)) and file[0] != "."]
@@ -437,11 +437,12 @@ def evenly_spread(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
     return [samples[index * len(samples) // count] for index in range(count)]
 
 
-def read_image(path: Path | str) -> NDArray[np.uint8]:
+def read_image(path: Path | str, upright: bool = False) -> NDArray[np.uint8]:
     """Reads a picture as annotated: in stored orientation, because boxes refer to the stored pixels.
 
     Args:
         path: A file of any format that OpenCV decodes.
+        upright: Whether to turn it as its EXIF data say instead, as a person would see it.
 
     Returns:
         ``(H, W, 3)`` uint8, BGR.
@@ -455,8 +456,9 @@ def read_image(path: Path | str) -> NDArray[np.uint8]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
     # From memory: imread fills what a truncated JPEG lacks with grey and says nothing.
+    flags = cv2.IMREAD_COLOR if upright else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     try:
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
     except cv2.error:
         image = None
     if image is None:

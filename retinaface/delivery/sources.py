@@ -51,7 +51,7 @@ def _meant_by(argument: str, out: Path) -> Sequence[Source]:
         return [int(argument)]
     if any(sign in argument for sign in "*?["):
         matches = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207 (that of Path takes no absolute pattern)
-        return [file for match in matches for file in _files_at(Path(match), out)]
+        return _without_results([file for match in matches for file in _files_at(Path(match), out)], Path.cwd(), out)
     return [path]
 
 
@@ -59,7 +59,12 @@ def _files_at(path: Path, out: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     files = [path / name for name in find_photos(path, IMAGE_SUFFIXES | VIDEO_SUFFIXES)]
-    results, whole = out.resolve(), path.resolve()
+    return _without_results(files, path, out)
+
+
+def _without_results(files: list[Path], folder: Path, out: Path) -> list[Path]:
+    """Leaves out what lies in the folder of results, where that is below the folder that was looked in."""
+    results, whole = out.resolve(), folder.resolve()
     if results == whole or not results.is_relative_to(whole):
         return files
     return [file for file in files if not file.resolve().is_relative_to(results)]
@@ -134,5 +139,5 @@ def open_video(source: Source, limit: int | None = None) -> Video:
     fps = capture.get(cv2.CAP_PROP_FPS)
     count = 0 if isinstance(source, int) else max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
     if limit is not None:
-        count = min(count, limit) or limit
+        count = min(count, limit)  # 0 stays: nobody knows
     return Video(source, fps if 0 < fps < 1000 else _USUAL_FPS, count, limit, capture)

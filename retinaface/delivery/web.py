@@ -53,8 +53,7 @@ def write_page(model: Path, out: Path, runtime: Path | None = None) -> None:
             something else or cannot be written.
     """
     facts = _facts(model)
-    if out.exists() and not (out / _FACTS).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: holds something that is not such a page; choose another --out")
+    _require_page_or_nothing(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
@@ -69,6 +68,18 @@ def write_page(model: Path, out: Path, runtime: Path | None = None) -> None:
             new.rename(out)
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror or error}); choose another --out") from error
+
+
+def _require_page_or_nothing(out: Path) -> None:
+    """What the page replaces must be a page alone: a person's photos may lie beside it."""
+    ours = {_MODEL, _FACTS, *_RUNTIME_FILES.values(), *(file.name for file in _PAGE.iterdir())}
+    there = {file.name for file in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
+    if others := sorted(there - ours):
+        raise InputError(
+            f"{out}: holds {others[0]}, which is not part of such a page; move it, or choose another --out"
+        )
+    if there and not {_FACTS, "page.js"} <= there:
+        raise InputError(f"{out}: holds something that is not such a page; choose another --out")
 
 
 def _facts(model: Path) -> dict[str, Any]:
@@ -105,7 +116,15 @@ def _download_runtime(folder: Path) -> Path:
     npm = shutil.which("npm")
     if npm is None:
         raise InputError(f"{PACKAGE}: npm is not installed; install it, or {remedy}")
-    command = [npm, "pack", f"{PACKAGE}@{PACKAGE_VERSION}", "--prefer-offline", "--ignore-scripts", "--silent"]
+    command = [
+        npm,
+        "pack",
+        f"{PACKAGE}@{PACKAGE_VERSION}",
+        "--pack-destination=.",
+        "--prefer-offline",
+        "--ignore-scripts",
+        "--silent",
+    ]
     try:
         subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=_NPM_SECONDS)
     except subprocess.CalledProcessError as error:

@@ -145,7 +145,7 @@ def evaluate(model: Path, root: Path, protocol: Protocol = "original", threads: 
         model: ``.pth``, ``.ckpt`` or ``.onnx``.
         root: Data root in WIDER FACE layout.
         protocol: At which sizes the detector sees the photos; see :mod:`retinaface.evaluation.protocols`.
-        threads: Threads of ONNX Runtime; None takes all CPUs that this process may use.
+        threads: As for :func:`retinaface.delivery.runtime.load_detector`.
 
     Returns:
         The figures.

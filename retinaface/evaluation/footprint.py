@@ -5,10 +5,12 @@ import multiprocessing
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 from retinaface.cpus import physical_cores
+from retinaface.errors import InputError
 from retinaface.evaluation.benchmark import pair_up
 from retinaface.evaluation.raw_call import Runtime, prepare
 from retinaface.progress import with_progress
@@ -24,7 +26,7 @@ class Footprint:
         model: the file.
         runtime: what runs it.
         file_bytes: size of the file.
-        peak_bytes: peak memory of loading and running it, above what the process took with the runtime imported.
+        peak_bytes: peak memory of loading and running it, above the peak of importing the runtime.
     """
 
     model: str
@@ -52,7 +54,7 @@ def measure_footprints(
         The footprints, in the order of models and, for each, of runtimes.
 
     Raises:
-        InputError: as for :func:`retinaface.evaluation.benchmark.time_in_turns`.
+        InputError: as for :func:`retinaface.evaluation.benchmark.time_in_turns`; or a process has not survived it.
     """
     threads = threads or physical_cores()
     # On Linux a process that was started directly inherits the peak of the one that started it; one forked from the
@@ -62,7 +64,13 @@ def measure_footprints(
     for index, runtime in with_progress(pair_up(models, runtimes), "measuring memory"):
         model = Path(models[index])
         with ProcessPoolExecutor(1, mp_context=context) as process:
-            peak = process.submit(_peak_bytes, model, runtime, size, batch, threads).result()
+            try:
+                peak = process.submit(_peak_bytes, model, runtime, size, batch, threads).result()
+            except BrokenProcessPool as error:
+                raise InputError(
+                    f"{model}: its process ended while {runtime} ran it, for want of memory perhaps; take a smaller "
+                    "--size or --batch"
+                ) from error
         found.append(Footprint(str(model), runtime, model.stat().st_size, peak))
     return found
 
