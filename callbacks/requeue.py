@@ -23,8 +23,8 @@ class Requeue(L.Callback):
 
     SIGUSR2 (``#SBATCH --signal=USR2@300``: 300 seconds before the time limit) puts the job back into the queue; SIGTERM
     (it is pre-empted or cancelled) leaves that to the cluster. All processes end after the same optimizer step, with
-    status 75, and ``--ckpt_path=last`` goes on with the next one. A validation is broken off and begun anew; an export that is
-    under way goes on for as long as the cluster lets it, and is done again.
+    status 75, and ``--ckpt_path=last`` goes on with the next one. A validation is broken off and begun
+    anew; an export that is under way goes on for as long as the cluster lets it, and is done again.
 
     The checkpoint is ``requeued.ckpt`` beside those of ``ModelCheckpoint``; when the fit is over it is deleted. In the
     list of callbacks this one belongs behind all that change something after a step.
