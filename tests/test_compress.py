@@ -200,7 +200,10 @@ def recipe_stages():
             backbones.append("resnet50")
         for backbone in backbones:
             for stage in compress.load_recipe(path).stages:
-                slow = [pytest.mark.slow] if path.stem == "widerface_resnet50" and stage.name == "int8" else []
+                # In INT8 these take long, and other recipes have the same stages.
+                repeats = path.stem in ("own_photos_gradual", "widerface_mobilenet025") or backbones[1:] == [backbone]
+                long = ("ptq", "int8") if repeats else ("int8",) if backbone == "resnet50" else ()
+                slow = [pytest.mark.slow] if stage.name in long else []
                 yield pytest.param(path, backbone, stage.name, id=f"{path.stem}-{backbone}-{stage.name}", marks=slow)
 
 
