@@ -97,37 +97,33 @@ def detect_files(
         faces = detector.detect(picture, score_threshold, nms_threshold)
         return faces, draw(picture, faces.boxes.numpy(), faces.scores.numpy(), faces.landmarks.numpy())
 
-    try:
-        for photos, group in groupby(sources, is_photo):
-            # A bar for the photos up to the next video, and one for its frames.
-            for source in with_progress(list(group), "detecting") if photos else group:
-                try:
-                    opened = read_image(str(source), upright=True) if photos else open_video(source, frames)
-                except InputError as error:
-                    unreadable.append(str(error))
-                    continue
-                if isinstance(opened, Video):
-                    in_video = _detect_video(find, opened, copies[source])
-                    if in_video.frames:
-                        found[str(source)] = in_video
-                    if opened.lacks(len(in_video.frames)):
-                        unreadable.append(f"{source}: ends after {len(in_video.frames)} of {opened.count} frames")
-                else:
-                    found[str(source)], picture = find(opened)
-                    with _complete(copies[source]) as part:
-                        written, content = cv2.imencode(part.suffix, picture)
-                        if not written:
-                            raise InputError(
-                                f"{copies[source]}: is no kind of file for this picture; convert {source} to PNG"
-                            )
-                        part.write_bytes(content.tobytes())
-    finally:  # what was found before an error, or before somebody lost patience, is not lost
-        with _complete(out / "detections.json") as part:
-            part.write_text(
-                json.dumps({source: _plain(each) for source, each in found.items()}, indent=1) + "\n", "utf-8"
-            )
-        with _complete(out / "detections.csv") as part:
-            part.write_text(_as_csv(found), "utf-8", newline="")
+    for photos, group in groupby(sources, is_photo):
+        # A bar for the photos up to the next video, and one for its frames.
+        for source in with_progress(list(group), "detecting") if photos else group:
+            try:
+                opened = read_image(str(source), upright=True) if photos else open_video(source, frames)
+            except InputError as error:
+                unreadable.append(str(error))
+                continue
+            if isinstance(opened, Video):
+                in_video = _detect_video(find, opened, copies[source])
+                if in_video.frames:
+                    found[str(source)] = in_video
+                if opened.lacks(len(in_video.frames)):
+                    unreadable.append(f"{source}: ends after {len(in_video.frames)} of {opened.count} frames")
+            else:
+                found[str(source)], picture = find(opened)
+                with _complete(copies[source]) as part:
+                    written, content = cv2.imencode(part.suffix, picture)
+                    if not written:
+                        raise InputError(
+                            f"{copies[source]}: is no kind of file for this picture; convert {source} to PNG"
+                        )
+                    part.write_bytes(content.tobytes())
+    with _complete(out / "detections.json") as part:
+        part.write_text(json.dumps({source: _plain(each) for source, each in found.items()}, indent=1) + "\n", "utf-8")
+    with _complete(out / "detections.csv") as part:
+        part.write_text(_as_csv(found), "utf-8", newline="")
     return found, unreadable
 
 

@@ -139,5 +139,5 @@ def open_video(source: Source, limit: int | None = None) -> Video:
     fps = capture.get(cv2.CAP_PROP_FPS)
     count = 0 if isinstance(source, int) else max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
     if limit is not None:
-        count = min(count, limit)  # 0 stays: nobody knows
+        count = min(count, limit) or limit
     return Video(source, fps if 0 < fps < 1000 else _USUAL_FPS, count, limit, capture)

@@ -96,14 +96,14 @@ def prepare(model: Path, runtime: Runtime, size: int, batch: int, threads: int) 
 def _open_in_onnxruntime(model: Path, shape: tuple[int, ...], threads: int) -> RawCall:
     # Threads that one session leaves waiting in a busy loop take the cores from the next: three equal models took
     # 28 ms each in turns, but 15 ms alone, and 15 ms in turns with this option.
-    name, photos = _make_input(model, shape)  # first: what it reads the file into is no part of what running it takes
     session = open_session(model, threads, {"session.force_spinning_stop": "1"})
+    name, photos = _make_input(model, shape)
     return RawCall(lambda: session.run(None, {name: photos}))
 
 
 def _open_in_openvino(model: Path, shape: tuple[int, ...], threads: int) -> RawCall:
-    name, photos = _make_input(model, shape)
     request = compile_for_openvino(model, threads).create_infer_request()  # its threads do not wait in a busy loop
+    name, photos = _make_input(model, shape)
     return RawCall(lambda: request.infer({name: photos}))
 
 
