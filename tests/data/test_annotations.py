@@ -323,7 +323,7 @@ def test_missing_pieces_of_a_root(tmp_path):
         load_split(tmp_path, "train")
 
 
-def test_read_image_ignores_the_orientation_tag(tmp_path):
+def test_read_image_ignores_the_orientation_tag_unless_asked(tmp_path):
     plain = write_photo(tmp_path / "plain.jpg")
     content = plain.read_bytes()
     # An EXIF block that says "turn by 90 degrees": boxes refer to the stored pixels.
@@ -333,6 +333,7 @@ def test_read_image_ignores_the_orientation_tag(tmp_path):
     turned.write_bytes(content[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + content[2:])
     assert cv2.imread(str(turned)).shape == (60, 40, 3)  # the tag is seen by who looks for it
     np.testing.assert_array_equal(read_image(turned), read_image(plain))
+    np.testing.assert_array_equal(read_image(turned, upright=True), cv2.imread(str(turned)))
 
 
 def test_read_image_is_bgr_with_three_channels(tmp_path):

@@ -45,6 +45,7 @@ def test_folders_are_searched_with_all_below_them(folder):
 def test_patterns(folder):
     assert found("photos/*.[pJ]*") == (["photos/a.png", "photos/b.JPG"], [])
     assert found("photos/**/*.jpg") == (["photos/deep/c.jpg"], [])
+    assert found("**/a.png", out="photos/found") == (["photos/a.png"], [])  # results are no photos
     assert found(f"{folder}/photos/d*") == ([f"{folder}/photos/deep/{name}" for name in ("c.jpg", "film.MP4")], [])
     assert found("[1].jpg") == (["[1].jpg"], [])  # a file of that name goes first
 
