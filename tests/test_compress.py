@@ -524,8 +524,13 @@ def test_photos_without_labels_from_start_to_report(tiny_checkpoint, tiny_root, 
      (["--data.init_args.download=true", "--data.init_args.download=false"], False),
      (["--data.init_args.download=True"], True), (["--data.init_args.batch_size=true"], False)],
 )  # fmt: skip
-def test_the_last_wish_to_download_counts(arguments, wanted):
-    assert compress._switched_on(["fit", "--config", "x.yaml", *arguments], "download", default=False) is wanted
+def test_the_last_wish_to_download_counts(arguments, wanted, tmp_path):
+    (tmp_path / "x.yaml").write_text("data: datamodules.WiderFaceDataModule")
+    (tmp_path / "y.yaml").write_text("data: {init_args: {download: true}}")
+    words = ["fit", "--config", str(tmp_path / "x.yaml"), *arguments]
+    assert compress._switched_on(words, "download", default=False) is wanted
+    assert compress._switched_on([*words, "--config", str(tmp_path / "y.yaml")], "download", default=False)
+    assert not compress._switched_on(["--config", str(tmp_path / "y.yaml"), "--data.download=false"], "download", False)
 
 
 def test_the_last_seed_counts(tmp_path):
