@@ -339,9 +339,10 @@ def _check_data(run: Run) -> None:
 
         commands = [run.arguments(stage) for stage in run.recipe.stages]
         prepare_root(run.root, download=any(_switched_on(command, "download", default=False) for command in commands))
-        if not _has_labels(run) and run.out.is_relative_to(run.root):
+        labelled = _has_labels(run)
+        if not labelled and run.out.is_relative_to(run.root):
             raise InputError(f"{run.out}: lies within {run.root}, whose photos are all read; choose another --out")
-        load = load_split if _has_labels(run) else load_unlabelled
+        load = load_split if labelled else load_unlabelled
         for split in ("train", "val"):
             load(run.root, split)
     if run.weights is not None:

@@ -125,7 +125,7 @@ class CompressionModule(RetinaFaceModule):
 
     def _task_loss(self, outputs: Outputs, batch: dict[str, Any]) -> Tensor:
         losses = self.task_loss(outputs, batch)
-        self.log_losses("train", losses, len(batch["images"]))
+        self.log_losses("train", losses._asdict(), losses.total, len(batch["images"]))
         return losses.total
 
     def _distillation_loss(self, images: Tensor, outputs: Outputs, tap: FeatureTap | None) -> Tensor:
@@ -139,9 +139,7 @@ class CompressionModule(RetinaFaceModule):
             wanted_features = self._teacher_tap.features
         losses = distillation_losses(outputs, wanted, self.distillation, own_features, wanted_features)
         total = sum(losses.values(), start=images.new_zeros(()))
-        values = {f"distillation/{part}": value.detach() for part, value in losses.items()}
-        self.log_dict(values, batch_size=len(images))
-        self.log("distillation/loss", total.detach(), prog_bar=True, batch_size=len(images))
+        self.log_losses("distillation", losses, total, len(images))
         return total
 
     def _teacher_context(self, device: str) -> AbstractContextManager[Any]:

@@ -160,14 +160,14 @@ class RetinaFaceModule(L.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch, logged by part."""
         losses = self.task_loss(self(batch["images"]), batch)
-        self.log_losses("train", losses, len(batch["images"]))
+        self.log_losses("train", losses._asdict(), losses.total, len(batch["images"]))
         return losses.total
 
-    def log_losses(self, name: str, losses: Losses, batch_size: int) -> None:
+    def log_losses(self, name: str, parts: Mapping[Any, Tensor], total: Tensor, batch_size: int) -> None:
         """Logs the parts of a loss as ``<name>/<part>`` and their sum as ``<name>/loss``."""
-        values = {f"{name}/{part}": value.detach() for part, value in losses._asdict().items()}
+        values = {f"{name}/{part}": value.detach() for part, value in parts.items()}
         self.log_dict(values, batch_size=batch_size)
-        self.log(f"{name}/loss", losses.total.detach(), prog_bar=True, batch_size=batch_size)
+        self.log(f"{name}/loss", total.detach(), prog_bar=True, batch_size=batch_size)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Feeds the WIDER FACE metric with what :meth:`predict_step` finds."""

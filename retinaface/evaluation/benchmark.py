@@ -201,7 +201,8 @@ def time_in_turns(
     paths = tuple(map(Path, models))
     entries = pair_up(paths, runtimes)
     calls = [prepare(paths[model], runtime, size, batch, threads) for model, runtime in entries]
-    return Rounds(paths, tuple(entries), _interleaved_times(calls, warmup, rounds), size, batch, threads)
+    times = interleaved_times(calls, warmup, rounds, f"timing {len(calls)} models")
+    return Rounds(paths, tuple(entries), times, size, batch, threads)
 
 
 def pair_up(models: Sequence[Path], runtimes: Sequence[Runtime]) -> list[tuple[int, Runtime]]:
@@ -236,14 +237,20 @@ def pair_up(models: Sequence[Path], runtimes: Sequence[Runtime]) -> list[tuple[i
     return entries
 
 
-def _interleaved_times(calls: Sequence[RawCall], warmup: int, rounds: int) -> NDArray[np.float64]:
-    """Run the calls in turn.
+def interleaved_times(calls: Sequence[RawCall], warmup: int, rounds: int, title: str) -> NDArray[np.float64]:
+    """Run calls in turn, with a progress bar.
+
+    Args:
+        calls: what takes turns.
+        warmup: rounds run before the timing starts.
+        rounds: rounds timed.
+        title: what the progress bar says.
 
     Returns:
-        ``(rounds, models)`` milliseconds.
+        ``(rounds, calls)`` milliseconds.
     """
     times = np.empty((warmup + rounds, len(calls)))
-    for number in with_progress(range(warmup + rounds), f"timing {len(calls)} models"):
+    for number in with_progress(range(warmup + rounds), title):
         # Whoever comes first in a round runs on other caches than the rest: everyone is first equally often.
         for position in range(len(calls)):
             column = (number + position) % len(calls)

@@ -4,10 +4,10 @@ From photos in memory to faces: what comes before the network and after it is pa
 round, in changing order, as in :mod:`retinaface.evaluation.benchmark`, and the median of the rounds is reported.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -17,7 +17,8 @@ from rich.table import Table
 from retinaface.data.synthetic_photo import render_photo
 from retinaface.delivery.runtime import Detector
 from retinaface.errors import InputError
-from retinaface.progress import with_progress
+from retinaface.evaluation.benchmark import interleaved_times
+from retinaface.evaluation.raw_call import RawCall
 
 
 @dataclass(frozen=True)
@@ -80,24 +81,26 @@ def measure_throughput(
     pictures = [render_photo(np.random.default_rng(seed), size).image for seed in range(max(batches))]
     settings = list(product(threads, batches, callers))
     calls = [-(-photos // (batch * count)) for _, batch, count in settings]
-    seconds = np.empty((rounds + 1, len(settings)))
     with ThreadPoolExecutor(max(callers)) as pool:
-        for number in with_progress(range(rounds + 1), f"timing {len(settings)} settings"):
-            for position in range(len(settings)):
-                column = (number + position) % len(settings)
-                computing, batch, count = settings[column]
-                tasks = [(detectors[computing], pictures[:batch], calls[column])] * count
-                start = time.perf_counter()
-                list(pool.map(_call, tasks))
-                seconds[number, column] = time.perf_counter() - start
+        turns = [
+            RawCall(partial(_call_at_once, pool, (detectors[computing], pictures[:batch], each), count))
+            for (computing, batch, count), each in zip(settings, calls, strict=True)
+        ]
+        milliseconds = interleaved_times(turns, 1, rounds, f"timing {len(settings)} settings")
     results = []
-    for (computing, batch, count), each, times in zip(settings, calls, seconds[1:].T, strict=True):
+    for (computing, batch, count), each, times in zip(settings, calls, milliseconds.T, strict=True):
         total = batch * count * each
-        p10, median, p90 = np.percentile(total / times, [10, 50, 90]).tolist()
+        p10, median, p90 = np.percentile(1000 * total / times, [10, 50, 90]).tolist()
         results.append(
             Throughput(detectors[computing].runtime, computing, batch, count, total, rounds, median, p10, p90)
         )
     return results
+
+
+def _call_at_once(
+    pool: ThreadPoolExecutor, task: tuple[Detector, Sequence[NDArray[np.uint8]], int], callers: int
+) -> None:
+    list(pool.map(_call, [task] * callers))
 
 
 def _call(task: tuple[Detector, Sequence[NDArray[np.uint8]], int]) -> None:

@@ -69,7 +69,7 @@ class FakeCall:
 
 def test_models_take_turns_in_rotated_order():
     log = []
-    times = module._interleaved_times([FakeCall(name, log) for name in "ABC"], warmup=1, rounds=3)
+    times = module.interleaved_times([FakeCall(name, log) for name in "ABC"], warmup=1, rounds=3, title="")
     assert "".join(log) == "ABC" + "BCA" + "CAB" + "ABC"
     # Each time lands in the column of its model, the warm-up is left out.
     assert times.tolist() == [[6, 4, 5], [8, 9, 7], [10, 11, 12]]
