@@ -9,6 +9,7 @@ import argparse
 import ctypes
 import json
 import os
+import re
 import shlex
 import signal
 import string
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentParser
@@ -244,6 +246,7 @@ def _run_stage(run: Run, stage: Stage, title: str) -> None:
         return
     resumes = run.begun(stage.name)
     _console.print(f"{title}: {'resuming' if resumes else 'starting'}")
+    _name_for_wandb(run, stage.name)
     command = [sys.executable, str(PROJECT / "train.py"), *run.arguments(stage)]
     if run.cluster.srun:
         overlay = ["--config", str(CONFIGS / "slurm" / "slurm.yaml")]
@@ -398,6 +401,7 @@ def _remember(run: Run) -> None:
     }
     try:
         there = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else facts
+        facts["group"] = there.get("group") or _new_group(run)
         # A stage that never got as far as a checkpoint, for a mistyped option perhaps, may be started differently.
         begun = {name: words for name, words in there["stages"].items() if run.begun(name)}
         same = not begun or there["recipe"] == run.name
@@ -441,8 +445,44 @@ def _report(run: Run) -> None:
     if report["models"][-1].get("agreement") is not None:
         agreement = report["models"][-1]["agreement"]
         _console.print(f"agreement with the teacher: {agreement:.1%}, speed-up: {report['speedup']:.2f}x")
+    place = _wandb_place(run)
+    if place is not None:
+        from retinaface.evaluation.dashboard import send_report
+
+        _name_for_wandb(run, REPORT)
+        send_report(run.out, report, checkpoints, *place)
     _console.print(f"report: {run.out / 'report.html'}")
     _console.print(f"the same as Markdown: {run.out / 'report.md'}")
+
+
+def _new_group(run: Run) -> str:
+    """What W&B knows this run by, also when it goes on; no other run in a project has that name."""
+    return f"{re.sub('[^a-zA-Z0-9_.-]', '-', run.out.name)[:40]}-{uuid4().hex[:6]}"
+
+
+def _name_for_wandb(run: Run, stage: str) -> None:
+    """Tells W&B, where that is a logger, which run a stage begins or goes on with: its environment variables do."""
+    group = json.loads((run.out / "run.json").read_text(encoding="utf-8"))["group"]
+    for name, value in (("WANDB_DIR", str(run.out)), ("WANDB_RUN_GROUP", group)):
+        os.environ.setdefault(name, value)
+    os.environ |= {"WANDB_JOB_TYPE": stage, "WANDB_NAME": stage, "WANDB_RUN_ID": f"{group}-{stage}"}
+    if _wandb_place(run) is not None:
+        from retinaface.evaluation.dashboard import run_mode
+
+        os.environ |= {"WANDB_MODE": mode} if (mode := run_mode()) else {}  # said here, and not in every stage
+
+
+def _wandb_place(run: Run) -> tuple[str, str | None] | None:
+    """Project and entity of the last stage's W&B logger; None if it has none."""
+    arguments = run.arguments(run.recipe.stages[-1])
+    chosen = _setting(arguments, ("trainer", "logger"), ("--trainer.logger",))
+    options = dict(_options(arguments))
+    for logger in chosen if isinstance(chosen, list) else [chosen]:
+        if isinstance(logger, dict) and str(logger.get("class_path")).endswith("WandbLogger"):
+            given = logger.get("init_args") or {}
+            wanted = {name: options.get(f"--trainer.logger.init_args.{name}", given.get(name)) for name in given}
+            return str(wanted["project"]), wanted.get("entity")
+    return None
 
 
 def _given_teacher(run: Run) -> dict[str, Path]:

@@ -14,7 +14,7 @@ class EvaluationPictures(L.Callback):
     """Draws precision and recall, average precision by face size, and the worst photos.
 
     That is done after ``validate`` and ``test``, and after a ``fit`` for its last validation. The PNG files are written
-    to ``evaluation/`` in the trainer's root folder, and sent to W&B where that is the logger.
+    to ``evaluation/`` in the trainer's root folder, and sent to W&B where that is a logger, with the curves as a chart.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,12 @@ class EvaluationPictures(L.Callback):
         if not photos:
             return
         folder = Path(trainer.default_root_dir) / "evaluation"
-        for name, file in save_pictures({"model": measure_accuracy(photos)}, photos, folder).items():
-            for logger in trainer.loggers:
-                if isinstance(logger, WandbLogger):
+        accuracy = measure_accuracy(photos)
+        files = save_pictures({"model": accuracy}, photos, folder)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                from retinaface.evaluation.dashboard import precision_recall_chart  # has W&B imported: a second
+
+                for name, file in files.items():
                     logger.log_image(f"evaluation/{name}", [str(file)])
+                logger.log_metrics({"evaluation/curves": precision_recall_chart(accuracy.curves)})

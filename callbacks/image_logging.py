@@ -12,14 +12,15 @@ from typing_extensions import override
 
 from lightning_modules import RetinaFaceModule
 from retinaface.evaluation.visualize import contact_sheet, draw_detections, draw_training_batch
-from retinaface.model.postprocess import postprocess
+from retinaface.model.postprocess import Detections, postprocess
 
 
 class ImageLogging(L.Callback):
     """Draws the first training batch, and detections on the first photos of the first validation batches.
 
     The sheets are written to ``train_batch.jpg`` and ``detections/epoch_<n>.jpg`` in the trainer's root folder, and
-    sent to W&B or TensorBoard where these are the logger.
+    sent to W&B or TensorBoard where these are loggers. W&B gets the photos one by one too, with boxes to click on and
+    to sort out by score.
 
     Args:
         photos: Number of validation photos.
@@ -30,6 +31,7 @@ class ImageLogging(L.Callback):
         self.photos = photos
         self.score_threshold = score_threshold
         self._drawn: list[NDArray[np.uint8]] = []
+        self._found: list[tuple[NDArray[np.uint8], Detections]] = []
 
     @override
     def on_train_batch_start(
@@ -60,6 +62,7 @@ class ImageLogging(L.Callback):
         )
         for image, (height, width), faces in zip(images, batch["sizes"].tolist(), found, strict=False):
             picture = np.ascontiguousarray(image[:, :height, :width].permute(1, 2, 0).cpu().numpy())
+            self._found.append((picture, faces))
             self._drawn.append(
                 draw_detections(
                     picture, faces.boxes.cpu().numpy(), faces.scores.cpu().numpy(), faces.landmarks.cpu().numpy()
@@ -70,9 +73,41 @@ class ImageLogging(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._drawn:
             return
-        sheet = contact_sheet(self._drawn)
-        self._drawn = []
+        sheet, found = contact_sheet(self._drawn), self._found
+        self._drawn, self._found = [], []
         _publish(trainer, sheet, "val/detections", f"detections/epoch_{trainer.current_epoch:03d}.jpg")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                pictures = [np.ascontiguousarray(picture[..., ::-1]) for picture, _ in found]
+                boxes = [wandb_boxes(faces) for _, faces in found]
+                logger.log_image("val/faces", pictures, boxes=boxes)
+
+
+def wandb_boxes(faces: Detections) -> dict[str, Any]:
+    """Boxes as W&B lays them over a picture.
+
+    Args:
+        faces: Of one picture, in its pixels.
+
+    Returns:
+        What ``wandb.Image`` takes as ``boxes``.
+    """
+    rows = zip(faces.boxes.tolist(), faces.scores.tolist(), strict=True)
+    return {
+        "detections": {
+            "box_data": [
+                {
+                    "position": dict(zip(("minX", "minY", "maxX", "maxY"), map(round, box), strict=True)),
+                    "domain": "pixel",
+                    "class_id": 0,
+                    "box_caption": f"{score:.2f}",
+                    "scores": {"score": score},
+                }
+                for box, score in rows
+            ],
+            "class_labels": {0: "face"},
+        }
+    }
 
 
 def _publish(trainer: L.Trainer, sheet: NDArray[np.uint8], name: str, file: str) -> None:

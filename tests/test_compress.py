@@ -172,6 +172,52 @@ def test_damaged_note_of_a_run_is_one_line(content, training, tmp_path, capsys):
     assert note.read_bytes() == content.encode("latin-1")
 
 
+def test_wandb_knows_the_stages_of_a_run_again(training, tmp_path, monkeypatch):
+    told = []
+
+    def run(command):
+        told.append({name: os.environ[f"WANDB_{name}"] for name in ("RUN_GROUP", "JOB_TYPE", "RUN_ID", "DIR")})
+        training(command)
+
+    monkeypatch.setattr(compress, "_run", run)
+    arguments = [str(write_recipe(tmp_path)), "--out", str(tmp_path / "my run")]
+    training.cut_off_in = "pruned"
+    with pytest.raises(SystemExit):
+        compress.main(arguments)
+    training.cut_off_in = None
+    compress.main(arguments)
+    teacher, cut_off, resumed = told
+    assert cut_off == resumed
+    group = teacher["RUN_GROUP"]
+    assert re.fullmatch(r"my-run-[0-9a-f]{6}", group)
+    wanted = {"RUN_GROUP": group, "DIR": str(tmp_path / "my run")}
+    assert teacher == {**wanted, "JOB_TYPE": "teacher", "RUN_ID": f"{group}-teacher"}
+    assert resumed == {**wanted, "JOB_TYPE": "pruned", "RUN_ID": f"{group}-pruned"}
+
+
+def test_that_nobody_is_logged_in_is_said_once(training, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr("wandb.login", lambda **_: False)
+    said, told = [], []
+    monkeypatch.setattr("wandb.termwarn", lambda text, repeat: said.append(text))
+    monkeypatch.setattr(compress, "_run", lambda command: (told.append(os.environ["WANDB_MODE"]), training(command)))
+    compress.main([str(write_recipe(tmp_path)), "--out", "out", "--config", str(ROOT / "configs" / "wandb.yaml")])
+    assert told == ["offline", "offline"]
+    (line,) = said
+    assert f"{tmp_path / 'out' / 'wandb'}/offline-run-*" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [([], None), (["--config", "wandb.yaml"], ("retinaface-slim", None)),
+     (["--config=wandb.yaml", "--trainer.logger.init_args.project", "faces"], ("faces", None)),
+     (["--teacher.config=wandb.yaml"], None), (["--config", "wandb.yaml", "--trainer.logger=false"], None)],
+)  # fmt: skip
+def test_the_report_goes_where_the_stages_go(options, place, tmp_path):
+    shutil.copy(ROOT / "configs" / "wandb.yaml", tmp_path)
+    assert compress._wandb_place(compress.parse_arguments([str(write_recipe(tmp_path)), *options])) == place
+
+
 def test_arguments_fill_in_checkpoints_and_overrides(tmp_path):
     recipe = write_recipe(tmp_path)
     run = compress.parse_arguments(

@@ -396,7 +396,7 @@ def save_worst_photos(photos: Sequence[Photo], file: Path) -> None:
 
 
 def send_to_wandb(project: str, facts: Mapping[str, Any], pictures: Mapping[str, Path]) -> None:
-    """Sends an evaluation to Weights & Biases, as a run of its own; ``WANDB_MODE=offline`` keeps it on the disk.
+    """Sends an evaluation to Weights & Biases, as a run of its own; it stays on the disk where nobody is logged in.
 
     Args:
         project: The W&B project.
@@ -404,15 +404,13 @@ def send_to_wandb(project: str, facts: Mapping[str, Any], pictures: Mapping[str,
         pictures: Name to file.
 
     Raises:
-        InputError: W&B refuses, for want of an account or a connection.
+        InputError: W&B refuses, for want of a connection or the right to the project.
     """
     import wandb  # takes a second, and few evaluations need it
 
-    try:
-        run = wandb.init(project=project, job_type="evaluate")
-    except wandb.errors.Error as error:
-        raise InputError(f"--wandb {project}: {error}; log in with `wandb login`, or set WANDB_MODE=offline") from error
-    with run:
+    from retinaface.evaluation.dashboard import start_run
+
+    with start_run(project, job_type="evaluate") as run:
         run.summary.update(dict(facts))
         run.log({f"evaluation/{name}": wandb.Image(str(path)) for name, path in pictures.items()})
 

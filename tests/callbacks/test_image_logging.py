@@ -2,12 +2,15 @@ import cv2
 import lightning as L
 import numpy as np
 import pytest
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from callbacks import ImageLogging
+from callbacks.image_logging import wandb_boxes
 from datamodules import WiderFaceDataModule
 from lightning_modules import RetinaFaceModule
 from retinaface.model.network import NetworkConfig
+from retinaface.model.postprocess import Detections
 
 
 def test_a_sheet_an_epoch(pruned_run):
@@ -52,11 +55,20 @@ def test_sheet_of_the_first_photos_goes_to_the_logger(
     trainer.validate(module, data, verbose=False)  # draws nothing: the sheet is that of an epoch
     assert drawn == [2, 3, 3, 0, 0, 0]
     files = {"train/batch": "train_batch.jpg", "val/detections": "detections/epoch_000.jpg"}
+    calls = [call for call in calls if call[0] != "val/faces"]
     assert [name for name, *_ in calls] == list(files)
     for name, sheet, *_ in calls:
         sheet = np.asarray(sheet[0] if isinstance(sheet, list) else sheet)
         written = cv2.imread(str(tmp_path / files[name]))
         assert np.abs(sheet[..., ::-1].astype(int) - written).mean() < 6  # RGB there, BGR here; JPEG in between
+
+
+def test_boxes_that_wandb_lays_over_a_photo():
+    faces = Detections(torch.tensor([[1.2, 2.6, 30.0, 40.4], [5, 6, 7, 8]]), torch.tensor([0.75, 0.5]), torch.empty(0))
+    first, second = wandb_boxes(faces)["detections"]["box_data"]
+    assert first["position"] == {"minX": 1, "minY": 3, "maxX": 30, "maxY": 40}
+    assert (first["domain"], first["scores"]) == ("pixel", {"score": 0.75})
+    assert second["box_caption"] == "0.50"
 
 
 @pytest.fixture
@@ -84,7 +96,7 @@ def mocker_for(monkeypatch):
         if method.startswith("experiment."):
             Fake.experiment = type("Experiment", (), {"add_image": lambda self, *args, **kwargs: calls.append(args)})()
         else:
-            setattr(logger, method, lambda *args: calls.append(args))
+            setattr(logger, method, lambda *args, **options: calls.append((*args, options)))
         return logger, calls
 
     return make

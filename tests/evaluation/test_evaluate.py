@@ -254,7 +254,8 @@ def test_wandb_that_refuses_is_one_line(monkeypatch):
         raise wandb.errors.UsageError("No API key configured")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    with pytest.raises(InputError, match="--wandb faces: No API key configured; log in"):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(InputError, match="W&B project faces: No API key configured; log in"):
         send_to_wandb("faces", {}, {})
 
 

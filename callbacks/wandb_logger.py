@@ -1,0 +1,46 @@
+"""Weights & Biases as a logger."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
+from typing_extensions import override
+
+
+class WandbLogger(LightningWandbLogger):
+    """Lightning's, for those without an account too: where nobody is logged in, the run stays on the disk.
+
+    That is said once, with the command that sends it. The run's id, name, group and job type are those in W&B's
+    environment variables, as ``compress.py`` and the cluster's scripts set them: the same id goes on with the same run.
+    Only the first process logs.
+
+    Args:
+        project: The W&B project.
+        entity: The user or team; by default that of ``WANDB_ENTITY``, or the user's own choice.
+        save_dir: Holds the folder ``wandb``; by default that of ``WANDB_DIR``, or the current folder.
+        **options: Further ones of Lightning's logger.
+    """
+
+    def __init__(
+        self,
+        project: str,
+        entity: str | None = None,
+        save_dir: str | None = None,
+        **options: Any,  # noqa: ANN401
+    ) -> None:
+        # A configuration gives None for what it does not name, which would take away Lightning's `resume="allow"`.
+        given = {name: value for name, value in {"entity": entity, **options}.items() if value is not None}
+        super().__init__(project=project, save_dir=save_dir or os.environ.get("WANDB_DIR", "."), **given)
+        del self._wandb_init["anonymous"]  # no longer an option, and W&B warns of it even as None
+
+    @property
+    @override
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        if self._experiment is None and "mode" not in self._wandb_init:
+            from retinaface.evaluation.dashboard import run_mode  # has W&B imported, which takes a second
+
+            self._wandb_init["mode"] = "offline" if self._offline else run_mode(Path(self.save_dir or "."))
+        return super().experiment

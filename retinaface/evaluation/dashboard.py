@@ -1,0 +1,206 @@
+"""Weights & Biases without Lightning: runs that need no account, models with their lineage, the report."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import wandb
+
+from retinaface.errors import InputError
+from retinaface.evaluation.report_text import kept_share
+from retinaface.evaluation.wider_ap import SUBSETS, Curve
+
+# Arguments of wandb.init, and what they are called in the environment.
+_ENVIRONMENT = {
+    "id": "WANDB_RUN_ID",
+    "name": "WANDB_NAME",
+    "group": "WANDB_RUN_GROUP",
+    "job_type": "WANDB_JOB_TYPE",
+    "dir": "WANDB_DIR",
+}
+
+# Figures of a model in the report, as they are called there.
+_COSTS = ("params", "macs", "onnx_bytes", "convolutions", "int8_convolutions", "latency_ms_median", "speedup")
+
+
+def run_mode(folder: Path | None = None) -> Literal["offline"] | None:
+    """Where a new run is to go: it stays on the disk if nobody is logged in, which is said, with the remedy.
+
+    Args:
+        folder: Where the run's ``wandb`` folder is or will be; by default that of ``WANDB_DIR``, or the current one.
+
+    Returns:
+        ``offline`` without a login, or where ``WANDB_MODE`` says so; None leaves it to W&B.
+    """
+    wanted = os.environ.get("WANDB_MODE", "online")
+    if wanted == "offline":
+        return "offline"
+    if wanted != "online" or wandb.login(prompt=False, verify=False):
+        return None
+    runs = (folder or Path(os.environ.get("WANDB_DIR", "."))).resolve() / "wandb" / "offline-run-*"
+    wandb.termwarn(
+        "nobody is logged in, so runs stay on this disk. To send them, in the order in which they were made: "
+        f'wandb login; for run in {runs}; do wandb sync "$run"; done',
+        repeat=False,
+    )
+    return "offline"
+
+
+def start_run(project: str, **options: Any) -> wandb.Run:  # noqa: ANN401
+    """Starts a run, or goes on with the one whose id the environment has.
+
+    Args:
+        project: The W&B project.
+        **options: Further ones of ``wandb.init``.
+
+    Returns:
+        The run, on the disk where nobody is logged in.
+
+    Raises:
+        InputError: W&B refuses, for want of a connection or the right to the project.
+    """
+    # W&B reads its environment once in a process, and that may have been before these were set.
+    named = {name: os.environ.get(variable) for name, variable in _ENVIRONMENT.items()}
+    try:
+        return wandb.init(project=project, resume="allow", mode=run_mode(), **{**named, **options})
+    except wandb.errors.Error as error:
+        raise InputError(
+            f"W&B project {project}: {error}; log in with `wandb login`, or set WANDB_MODE=offline"
+        ) from error
+
+
+def model_name(checkpoint: Path) -> str:
+    """What the W&B artifact of a checkpoint is called.
+
+    Whoever makes it and whoever uses it know its path, so both find the same name without asking the other.
+
+    Args:
+        checkpoint: Such as ``runs/mine/pruned/checkpoints/last.ckpt``.
+
+    Returns:
+        Such as ``mine-pruned``: what the path ends with, without what all checkpoints share.
+    """
+    parts = [part for part in checkpoint.resolve().with_suffix("").parts[1:] if part not in ("checkpoints", "last")]
+    return re.sub(r"[^\w.-]", "-", "-".join(parts[-2:])) or "checkpoint"
+
+
+def log_model(run: wandb.Run, checkpoint: Path, exported: Iterable[Path] = ()) -> None:
+    """Sends what a stage ends with: its checkpoint as an artifact, and each ONNX file as another.
+
+    Args:
+        run: The stage's.
+        checkpoint: It must stay where it is until it is sent, for a run on the disk too.
+        exported: ONNX files, which may move.
+    """
+    run.log_artifact(_checkpoint_artifact(checkpoint))
+    for file in exported:
+        artifact = wandb.Artifact(f"{model_name(checkpoint)}-{file.name}", type="onnx")
+        artifact.add_file(str(file))
+        run.log_artifact(artifact)
+
+
+def use_model(run: wandb.Run, checkpoint: Path) -> None:
+    """Notes that a run starts from a checkpoint, so that W&B draws where a model comes from.
+
+    W&B knows an artifact by its name and its content: this one is the one of the stage that made it, and nothing is
+    uploaded again. One that no run has made, such as public weights, is uploaded.
+
+    Args:
+        run: The run that uses it.
+        checkpoint: A file as given to :func:`log_model`, unchanged.
+    """
+    artifact = _checkpoint_artifact(checkpoint)
+    if run.offline:
+        # use_artifact() insists on a server, though what it would record can be synchronised like everything else.
+        run._log_artifact(artifact, aliases=[], is_user_created=True, use_after_commit=True)
+    else:
+        run.use_artifact(artifact)
+
+
+def _checkpoint_artifact(checkpoint: Path) -> wandb.Artifact:
+    artifact = wandb.Artifact(model_name(checkpoint), type="model")
+    # Not copied: the file stays, and may be large.
+    artifact.add_file(str(checkpoint), name=f"model{checkpoint.suffix}", policy="immutable", skip_cache=True)
+    return artifact
+
+
+def precision_recall_chart(curves: Mapping[str, Curve], points: int = 200) -> Any:  # noqa: ANN401
+    """Precision against recall as a chart that shows its figures.
+
+    Args:
+        curves: Subset to its curve.
+        points: Points per curve at most.
+
+    Returns:
+        What a run logs, with a line per subset.
+    """
+    thinned = [Curve(*(np.asarray(axis)[:: -(-len(axis) // points)] for axis in curve)) for curve in curves.values()]
+    return wandb.plot.line_series(
+        xs=[curve.recall.tolist() for curve in thinned],
+        ys=[curve.precision.tolist() for curve in thinned],
+        keys=list(curves),
+        title="precision against recall",
+        xname="recall",
+    )
+
+
+def send_report(
+    folder: Path, report: Mapping[str, Any], checkpoints: Mapping[str, Path], project: str, entity: str | None = None
+) -> None:
+    """Sends a recipe's report as a run of its own, which uses every model in it.
+
+    The run's group, name and id are those in the environment, as ``compress.py`` sets them.
+
+    Args:
+        folder: Where :func:`retinaface.evaluation.report.build_report` wrote it.
+        report: What that returned.
+        checkpoints: Model name to its checkpoint.
+        project: The W&B project.
+        entity: The W&B user or team; None for the user's own choice.
+
+    Raises:
+        InputError: As :func:`start_run`.
+    """
+    with start_run(project, entity=entity) as run:
+        for checkpoint in checkpoints.values():
+            use_model(run, checkpoint)
+        pictures = {path.stem: wandb.Image(str(path)) for path in sorted(folder.glob("*.png"))}
+        run.log(
+            {
+                "report/models": report_as_table(report),
+                "report/page": wandb.Html(folder / "report.html"),
+                **{f"report/{name}": picture for name, picture in pictures.items()},
+            }
+        )
+        run.summary.update({name: report[name] for name in ("recipe", "retention", "speedup")})
+        artifact = wandb.Artifact(f"{folder.name}-report", type="report")
+        for suffix in ("html", "md", "json"):
+            artifact.add_file(str(folder / f"report.{suffix}"))
+        run.log_artifact(artifact)
+
+
+def report_as_table(report: Mapping[str, Any]) -> wandb.Table:
+    """The recipe's result, a row per model, in figures that can be sorted and plotted.
+
+    Args:
+        report: Of :func:`retinaface.evaluation.report.build_report`.
+
+    Returns:
+        Columns without any figure, such as those of subsets that the photos are not labelled for, are left out.
+    """
+    models = report["models"]
+    rows = [
+        {
+            "model": model["name"],
+            **{f"ap_{subset}": model["ap"][subset] for subset in SUBSETS},
+            "kept": kept_share(model, models[0]),
+            "agreement": model.get("agreement"),
+            **{name: model[name] for name in _COSTS},
+        }
+        for model in models
+    ]
+    columns: list[str | int] = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    return wandb.Table(columns=columns, data=[[row[str(name)] for name in columns] for row in rows])

@@ -1,0 +1,48 @@
+import pytest
+import wandb
+from lightning.pytorch.utilities import rank_zero_only
+
+from callbacks import WandbLogger
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """What each new run is begun with."""
+    calls = []
+    monkeypatch.setattr(wandb, "init", lambda **options: calls.append(options))
+    return calls
+
+
+def test_without_a_login_the_run_stays_here_and_that_is_said_once(wandb_offline, tmp_path, monkeypatch, capsys, begun):
+    monkeypatch.delenv("WANDB_SILENT")
+    wandb.teardown()  # W&B reads its environment once
+    for _ in range(2):
+        _ = WandbLogger("faces", save_dir=str(tmp_path)).experiment
+    assert [run["mode"] for run in begun] == ["offline"] * 2
+    said = capsys.readouterr().err
+    assert said.count("nobody is logged in") == 1
+    assert f'for run in {tmp_path}/wandb/offline-run-*; do wandb sync "$run"; done' in said
+
+
+def test_a_login_is_used(wandb_offline, monkeypatch, begun):
+    monkeypatch.setattr(wandb, "login", lambda **_: True)
+    _ = WandbLogger("faces", entity="team", resume=None, mode=None).experiment  # None: what a configuration leaves out
+    assert {name: begun[0][name] for name in ("project", "entity", "mode", "resume")} == {
+        "project": "faces", "entity": "team", "mode": None, "resume": "allow"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("mode", "given"), [("offline", "offline"), ("disabled", None)])
+def test_the_users_own_mode_holds(mode, given, wandb_offline, monkeypatch, begun):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    monkeypatch.setattr(wandb, "login", lambda **_: pytest.fail("asks for a login"))
+    _ = WandbLogger("faces").experiment
+    assert begun[0]["mode"] == given  # W&B itself looks at the environment for others
+
+
+def test_other_processes_begin_no_run(wandb_offline, monkeypatch, begun):
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    monkeypatch.setattr(wandb, "login", lambda **_: pytest.fail("asks for a login"))
+    WandbLogger("faces").log_metrics({"x": 1.0})
+    _ = WandbLogger("faces").experiment
+    assert begun == []

@@ -1,0 +1,108 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import wandb
+
+from retinaface.evaluation.dashboard import (
+    log_model,
+    model_name,
+    precision_recall_chart,
+    report_as_table,
+    run_mode,
+    send_report,
+    use_model,
+)
+from retinaface.evaluation.visualize import plot_precision_recall
+from retinaface.evaluation.wider_ap import Curve
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/runs/mine/pruned/checkpoints/last.ckpt", "mine-pruned"),
+        ("/runs/my run/int8/checkpoints/last.ckpt", "my-run-int8"),
+        ("/w/mobilenet0.25.pth", "w-mobilenet0.25"),
+        ("/last.ckpt", "checkpoint"),
+    ],
+)
+def test_name_of_a_model(path, name):
+    assert model_name(Path(path)) == name
+
+
+def stage_file(folder, stage):
+    file = folder / stage / "checkpoints" / "last.ckpt"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(stage.encode())
+    return file
+
+
+def test_the_model_that_a_run_uses_is_the_one_that_another_made(wandb_offline, tmp_path):
+    teacher, pruned = (stage_file(tmp_path / "mine", name) for name in ("teacher", "pruned"))
+    with wandb.init(project="faces", mode="offline") as run:
+        log_model(run, teacher)
+        use_model(run, teacher)
+        use_model(run, pruned)
+    (run,) = wandb_offline()
+    (made,), used = run.made, run.used
+    # W&B takes artifacts of one name and digest for one.
+    assert (used[0].type, used[0].name, used[0].digest) == (made.type, made.name, made.digest)
+    assert (used[1].name, used[1].digest) != (made.name, made.digest)
+
+
+def model(name, ap=None, agreement=None, **figures):
+    costs = {"params": 4, "macs": 8, "onnx_bytes": 9, "convolutions": 3, "int8_convolutions": 0,
+             "latency_ms_median": 7.5, "speedup": 1.0}  # fmt: skip
+    compared = {} if agreement is None else {"agreement": agreement}
+    return {"name": name, "ap": {"all": ap, "easy": None, "medium": None, "hard": None}, **compared, **costs, **figures}
+
+
+def test_the_result_as_a_table():
+    report = {"models": [model("teacher", ap=0.8), model("int8", ap=0.6, speedup=2.5, int8_convolutions=3)]}
+    table = report_as_table(report)
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.data]
+    assert [row["model"] for row in rows] == ["teacher", "int8"]
+    assert rows[1]["kept"] == pytest.approx(0.75)
+    assert (rows[1]["speedup"], rows[1]["int8_convolutions"], rows[1]["latency_ms_median"]) == (2.5, 3, 7.5)
+    assert not {"ap_easy", "agreement"} & set(table.columns)
+
+
+def test_the_result_without_labels():
+    report = {"models": [model("teacher", agreement=1.0), model("int8", agreement=0.9)]}
+    table = report_as_table(report)
+    assert table.get_column("agreement") == [1.0, 0.9]
+    assert not {"ap_all", "kept"} & set(table.columns)
+
+
+def test_the_curves_of_a_chart():
+    curves = {"all": Curve(np.linspace(0, 1, 1000), np.linspace(1, 0.5, 1000)), "hard": Curve(np.ones(3), np.ones(3))}
+    chart = precision_recall_chart(curves, points=100)
+    rows = chart.table.data
+    assert [sum(row[1] == name for row in rows) for name in curves] == [100, 3]
+    assert rows[0][2] + rows[0][0] / 2 == pytest.approx(1) or rows[0][0] + rows[0][2] / 2 == pytest.approx(1)
+
+
+def test_the_report_is_a_run_of_its_own(wandb_offline, tmp_path, monkeypatch):
+    assert run_mode() == "offline"  # from here on W&B does not look at its environment
+    for name, value in (("RUN_ID", "mine-1-report"), ("RUN_GROUP", "mine-1"), ("JOB_TYPE", "report")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    folder = tmp_path / "mine"
+    checkpoints = {name: stage_file(folder, name) for name in ("teacher", "int8")}
+    models = [model("teacher", ap=0.8), model("int8", ap=0.6, speedup=2.5)]
+    report = {"recipe": "own_photos", "models": models, "retention": 0.75, "speedup": 2.5}
+    for suffix in ("html", "md", "json"):
+        (folder / f"report.{suffix}").write_text(f"<p>{suffix}</p>")
+    plot_precision_recall({"int8": {"all": Curve(np.ones(3), np.ones(3))}}, folder / "precision_recall.png")
+    send_report(folder, report, checkpoints, "faces")
+    (run,) = wandb_offline()
+    assert (run.run.run_id, run.run.run_group, run.run.job_type) == ("mine-1-report", "mine-1", "report")
+    assert [artifact.name for artifact in run.used] == ["mine-teacher", "mine-int8"]
+    files = run.file.parent / "files"
+    table = json.loads((files / run.history["report/models"][0]["path"]).read_text())
+    assert [row[0] for row in table["data"]] == ["teacher", "int8"]
+    assert "<p>html</p>" in (files / run.history["report/page"][0]["path"]).read_text()
+    assert (files / run.history["report/precision_recall"][0]["path"]).is_file()
+    assert run.summary["speedup"] == 2.5
+    (artifact,) = (made for made in run.made if made.type == "report")  # the table is one by itself
+    assert sorted(entry.path for entry in artifact.manifest.contents) == ["report.html", "report.json", "report.md"]
