@@ -1,15 +1,23 @@
 """Trains, validates and tests: ``python train.py fit --config configs/default.yaml --config ...``.
 
 The LightningCLI: every argument of the classes in ``lightning_modules``, ``datamodules`` and ``callbacks``, and of the
-Trainer, can be set in a YAML file or on the command line; see ``python train.py fit --help``.
+Trainer, can be set in a YAML file or on the command line; see ``python train.py fit --help``. ``benchmark`` takes the
+same and times a training step.
 """
 
 import logging
+import signal
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__" and hasattr(signal, "pthread_sigmask"):
+    # The imports take seconds, and a cluster may say within them that the time is over: it waits for callbacks.Requeue.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
 
 import lightning as L
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.trainer.states import TrainerFn
@@ -18,7 +26,9 @@ from typing_extensions import override
 import callbacks  # noqa: F401  so that their classes can be named in a configuration
 import datamodules  # noqa: F401
 import lightning_modules  # noqa: F401
-from lightning_modules.checkpoint_io import check_resumable, newest_checkpoint
+from lightning_modules.checkpoint_io import newest_checkpoint, read_resumable
+from lightning_modules.step_benchmark import BenchmarkTrainer, benchmark_options
+from retinaface.data.loading import find_dead_worker
 from retinaface.errors import find_input_error, one_line
 
 # Warnings that ask for nothing, and why; all others are shown.
@@ -32,7 +42,19 @@ _HARMLESS = (
 
 
 class RetinaFaceCLI(LightningCLI):
-    """LightningCLI with checkpoints at a place that each run states."""
+    """LightningCLI with checkpoints at a place that each run states, and a benchmark."""
+
+    @override
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), "benchmark": {"model", "datamodule"}}
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        if self.subcommand == "benchmark":
+            arguments = self.config_init.benchmark
+            kwargs |= benchmark_options(arguments.steps, arguments.warmup)
+        return super().instantiate_trainer(**kwargs)
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -43,13 +65,28 @@ class RetinaFaceCLI(LightningCLI):
         super().parse_arguments(parser, args)
         path = self.config[self.config.subcommand].get("ckpt_path")
         if path not in (None, "best", "last", "hpc"):
-            check_resumable(path)
+            read_resumable(path)
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        """Takes the place that a logger writes to as lying in the run's folder, unless it is absolute."""
+        trainer = self.config[self.config.subcommand].trainer
+        for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
+            place = isinstance(logger, Namespace) and logger.init_args.get("save_dir")
+            if place:
+                logger.init_args.save_dir = str(Path(trainer.default_root_dir or "", place))
+
+    @override
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})  # see the top of this file
 
     def before_fit(self) -> None:
         """Tells the trainer now what it goes on from, so that callbacks know in their ``setup``; it would later.
 
-        ``last`` is the newest checkpoint that can be read, the one of a requeued cluster job included; Lightning would
-        take the newest, and has no public function for what it would take.
+        ``last`` is the checkpoint furthest on that can be read, the one of a requeued cluster job included; Lightning
+        would go by times of writing, and has no public function for what it would take.
         """
         arguments = self.config_init[self.config_init.subcommand]
         folder = arguments.checkpoint.dirpath
@@ -71,7 +108,7 @@ def main(args: list[str] | None = None) -> RetinaFaceCLI:
         The CLI, with its ``trainer``, ``model`` and ``datamodule``.
 
     Raises:
-        SystemExit: With status 2 and a one-line message when the input is wrong.
+        SystemExit: With status 2 and a one-line message when the input is wrong, or the system killed a loader process.
     """
     for message in _HARMLESS:
         warnings.filterwarnings("ignore", message=message)
@@ -80,6 +117,7 @@ def main(args: list[str] | None = None) -> RetinaFaceCLI:
         return RetinaFaceCLI(
             L.LightningModule,
             L.LightningDataModule,
+            trainer_class=BenchmarkTrainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
@@ -87,7 +125,7 @@ def main(args: list[str] | None = None) -> RetinaFaceCLI:
             args=args,
         )
     except Exception as error:
-        wrong_input = find_input_error(error)
+        wrong_input = find_input_error(error) or find_dead_worker(error)
         if wrong_input is None:
             raise
         print(f"error: {one_line(wrong_input)}", file=sys.stderr)

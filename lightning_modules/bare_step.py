@@ -26,7 +26,8 @@ def make_bare_step(module: RetinaFaceModule) -> Callable[[dict[str, Any]], None]
     def step(batch: dict[str, Any]) -> None:
         on_device = move_data_to_device(batch, device)
         optimizer.zero_grad()
-        module.task_loss(module(on_device["images"]), on_device).total.backward()
+        outputs = module.training_outputs(module.training_images(on_device))
+        module.task_loss(outputs, on_device).total.backward()
         optimizer.step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)

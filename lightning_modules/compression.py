@@ -13,7 +13,8 @@ from retinaface.compression.distillation import DistillationSettings, distillati
 from retinaface.compression.features import FeatureTap, feature_widths, make_adapters
 from retinaface.compression.structure import Network, load_network
 from retinaface.errors import InputError
-from retinaface.model.network import Activation, Outputs, normalize
+from retinaface.model.losses import shared_divisor
+from retinaface.model.network import Activation, Outputs
 
 
 class CompressionModule(RetinaFaceModule):
@@ -32,10 +33,14 @@ class CompressionModule(RetinaFaceModule):
         distillation: How much the teacher counts.
         optimizer: Optimizer and schedule.
         loss: Target assignment and loss against the labels.
+        compile_network: Whether to compile the student, as in :class:`RetinaFaceModule`; the teacher has a setting of
+            its own in ``distillation``.
+        channels_last: As in :class:`RetinaFaceModule`, for student and teacher.
 
     Raises:
-        InputError: A checkpoint cannot be read, the student is quantized, or the teacher's anchors are not the
-            student's; when a fit goes on, its checkpoint was trained with other adapters.
+        InputError: A checkpoint cannot be read, the student is quantized, the teacher's anchors are not the student's,
+            or a compiled student is to be taught features; when a fit goes on, its checkpoint was trained with other
+            adapters.
     """
 
     def __init__(
@@ -46,8 +51,17 @@ class CompressionModule(RetinaFaceModule):
         distillation: DistillationSettings | None = None,
         optimizer: OptimizerSettings | None = None,
         loss: LossSettings | None = None,
+        compile_network: bool = False,
+        channels_last: bool | None = None,
     ) -> None:
-        super().__init__(weights=student, activation=activation, optimizer=optimizer, loss=loss)
+        super().__init__(
+            weights=student,
+            activation=activation,
+            optimizer=optimizer,
+            loss=loss,
+            compile_network=compile_network,
+            channels_last=channels_last,
+        )
         self.distillation = distillation or DistillationSettings()
         self._has_student = student is not None
         self.adapters = nn.ModuleList()
@@ -57,6 +71,11 @@ class CompressionModule(RetinaFaceModule):
             self.teacher, structure = load_network(teacher)
             self.teacher.requires_grad_(False)
             require_same("a teacher", teacher, structure.network, self.structure.network, ("anchor_sizes", "strides"))
+        if compile_network and self._teaches_features:
+            raise InputError(
+                "model: compile_network is set, but the features of a compiled student cannot be seen; leave it out, "
+                "or set distillation.features to 0"
+            )
 
     @property
     def student(self) -> Network:
@@ -104,6 +123,7 @@ class CompressionModule(RetinaFaceModule):
 
     @override
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         if self._teaches and self.distillation.compile_teacher:
             assert self.teacher is not None
             self.teacher.compile(dynamic=True)  # in place, so that names of weights stay the same
@@ -111,34 +131,32 @@ class CompressionModule(RetinaFaceModule):
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss against the labels and the teacher, logged by part."""
-        images = normalize(batch["images"])
+        images = self.training_images(batch)
         tap = FeatureTap(self.student, self.distillation.feature_levels) if self._teaches_features else None
         with tap or nullcontext():
-            outputs = self.student(images)
+            outputs = self.training_outputs(images)
         if not self._teaches:
-            return self._task_loss(outputs, batch)
+            return self.logged_task_loss(outputs, batch)
         share = self.distillation.weight
         if share == 1:
             return self._distillation_loss(images, outputs, tap)
-        task = self._task_loss(outputs, batch)
+        task = self.logged_task_loss(outputs, batch)
         return share * self._distillation_loss(images, outputs, tap) + (1 - share) * task
-
-    def _task_loss(self, outputs: Outputs, batch: dict[str, Any]) -> Tensor:
-        losses = self.task_loss(outputs, batch)
-        self.log_losses("train", losses._asdict(), losses.total, len(batch["images"]))
-        return losses.total
 
     def _distillation_loss(self, images: Tensor, outputs: Outputs, tap: FeatureTap | None) -> Tensor:
         assert self.teacher is not None
-        with torch.no_grad(), self._teacher_context(images.device.type):
+        with self.profiled("teacher"), torch.no_grad(), self._teacher_context(images.device.type):
             wanted = self.teacher(images)
-        own_features: list[Tensor] = []
-        wanted_features: list[Tensor] = []
-        if tap is not None and self._teacher_tap is not None:
-            own_features = [adapt(maps) for adapt, maps in zip(self.adapters, tap.features, strict=True)]
-            wanted_features = self._teacher_tap.features
-        losses = distillation_losses(outputs, wanted, self.distillation, own_features, wanted_features)
-        total = sum(losses.values(), start=images.new_zeros(()))
+        with self.profiled("loss"):
+            own_features: list[Tensor] = []
+            wanted_features: list[Tensor] = []
+            if tap is not None and self._teacher_tap is not None:
+                own_features = [adapt(maps) for adapt, maps in zip(self.adapters, tap.features, strict=True)]
+                wanted_features = self._teacher_tap.features
+            losses = distillation_losses(
+                outputs, wanted, self.distillation, own_features, wanted_features, shared_divisor
+            )
+            total = sum(losses.values(), start=images.new_zeros(()))
         self.log_losses("distillation", losses, total, len(images))
         return total
 

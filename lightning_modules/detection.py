@@ -1,12 +1,14 @@
 """Trains and evaluates one detector."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
@@ -18,7 +20,7 @@ from retinaface.evaluation.protocols import NMS_THRESHOLD, SCORE_THRESHOLD
 from retinaface.evaluation.wider_ap import WiderFaceAP
 from retinaface.model.anchors import make_anchors, picture_size
 from retinaface.model.checkpoints import load_imagenet_backbone
-from retinaface.model.losses import Losses, assign_targets, detection_loss
+from retinaface.model.losses import Divisor, Losses, assign_targets, detection_loss, own_divisor, shared_divisor
 from retinaface.model.network import (
     Activation,
     NetworkConfig,
@@ -99,9 +101,15 @@ class RetinaFaceModule(L.LightningModule):
             ``weights``.
         optimizer: Optimizer and schedule.
         loss: Target assignment and loss.
+        compile_network: Whether to compile the network with ``torch.compile`` for training, for pictures of one size;
+            validation runs it as it is.
+        channels_last: Whether training computes with the channels of a pixel side by side in memory; by default on a
+            CPU only. There the forward pass of mobilenet0.25 took a third less time and the whole step 8 %
+            (``train.py benchmark`` compares them elsewhere); GPUs may gain with ``bf16-mixed``.
 
     Raises:
-        InputError: The weights cannot be read, or are those of another network than ``network``.
+        InputError: The weights cannot be read, or are those of another network than ``network``; when a fit begins, the
+            network is to be compiled and is fake-quantized, or batch norms are to be synchronised without GPUs.
     """
 
     def __init__(
@@ -112,10 +120,15 @@ class RetinaFaceModule(L.LightningModule):
         backbone_weights: str | None = None,
         optimizer: OptimizerSettings | None = None,
         loss: LossSettings | None = None,
+        compile_network: bool = False,
+        channels_last: bool | None = None,
     ) -> None:
         super().__init__()
         self.optimizer = optimizer or OptimizerSettings()
         self.loss = loss or LossSettings()
+        self.compile_network = compile_network
+        self.channels_last = channels_last
+        self._compiled: Callable[[Tensor], Outputs] | None = None
         self.network: Network
         if weights is None:
             config = network or NetworkConfig()
@@ -138,8 +151,51 @@ class RetinaFaceModule(L.LightningModule):
         outputs: Outputs = self.network(normalize(images))
         return outputs
 
-    def task_loss(self, outputs: Outputs, batch: dict[str, Any]) -> Losses:
-        """Loss against the labels of a training batch."""
+    @override
+    def on_fit_start(self) -> None:
+        """Compiles the network as callbacks have made it in their ``setup``, or a checkpoint."""
+        if getattr(self.trainer.strategy, "_layer_sync", None) is not None:
+            self._check_sync_batchnorm()
+        if self.compile_network and isinstance(self.network, FakeQuantizedRetinaFace):
+            raise InputError(
+                "model: compile_network is set, but a fake-quantized network changes its code while it is trained; "
+                "leave it out in this stage"
+            )
+        # The forward method alone: a compiled module would stand in the checkpoint under names of its own.
+        self._compiled = torch.compile(self.network.forward, dynamic=False) if self.compile_network else None
+
+    def _check_sync_batchnorm(self) -> None:
+        if isinstance(self.network, FakeQuantizedRetinaFace):
+            rank_zero_warn(
+                "model: trainer.sync_batchnorm does not reach the batch norms of a fake-quantized network; each "
+                "process normalizes with the statistics of its own pictures"
+            )
+        elif self.trainer.world_size > 1 and self.trainer.strategy.root_device.type == "cpu":
+            raise InputError(
+                "trainer: sync_batchnorm needs GPUs, torch cannot do it on CPUs; set it to false, or accelerator to gpu"
+            )
+
+    def training_images(self, batch: dict[str, Any]) -> Tensor:
+        """Pictures of a training batch as from :func:`retinaface.model.network.normalize`, arranged in memory."""
+        images = normalize(batch["images"])
+        # Convolutions follow their input, so the weights, and what is saved of them, stay as they are.
+        channels_last = images.device.type == "cpu" if self.channels_last is None else self.channels_last
+        return images.contiguous(memory_format=torch.channels_last) if channels_last else images
+
+    def training_outputs(self, images: Tensor) -> Outputs:
+        """Outputs for what :meth:`training_images` gives, compiled if that is asked for; profiled as ``forward``."""
+        with self.profiled("forward"):
+            outputs: Outputs = (self._compiled or self.network)(images)
+        return outputs
+
+    def profiled(self, part: str) -> AbstractContextManager[Any]:
+        """Names a part of the training step to the trainer's profiler; see :mod:`lightning_modules.step_benchmark`."""
+        if self._trainer is None:
+            return nullcontext()
+        return self.trainer.profiler.profile(part)  # type: ignore[attr-defined, no-any-return]
+
+    def task_loss(self, outputs: Outputs, batch: dict[str, Any], divisor: Divisor = own_divisor) -> Losses:
+        """Loss against the labels of a training batch; ``divisor`` as in ``detection_loss``."""
         height, width = batch["images"].shape[-2:]
         config = self.structure.network
         device = batch["boxes"].device
@@ -154,12 +210,22 @@ class RetinaFaceModule(L.LightningModule):
             self.loss.iou_threshold,
         )
         return detection_loss(
-            outputs, targets, self.loss.negatives_per_positive, self.loss.box_weight, self.loss.landmark_weight
+            outputs,
+            targets,
+            self.loss.negatives_per_positive,
+            self.loss.box_weight,
+            self.loss.landmark_weight,
+            divisor,
         )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch, logged by part."""
-        losses = self.task_loss(self(batch["images"]), batch)
+        return self.logged_task_loss(self.training_outputs(self.training_images(batch)), batch)
+
+    def logged_task_loss(self, outputs: Outputs, batch: dict[str, Any]) -> Tensor:
+        """Loss against the labels, over all processes, logged by part."""
+        with self.profiled("loss"):
+            losses = self.task_loss(outputs, batch, shared_divisor)
         self.log_losses("train", losses._asdict(), losses.total, len(batch["images"]))
         return losses.total
 

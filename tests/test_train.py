@@ -1,16 +1,20 @@
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+from multiprocessing import active_children
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
-import wandb
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import CSVLogger
 
 import train
-from callbacks import ChannelPruning, QuantizationAwareTraining
+from callbacks import ChannelPruning, QuantizationAwareTraining, WandbLogger
 from lightning_modules import AtomicCheckpointIO, CompressionModule, RetinaFaceModule
 from retinaface.evaluation.wider_ap import WiderFaceAP
 from retinaface.model.postprocess import Detections
@@ -95,30 +99,27 @@ def one_run_in(folder, epochs=1):
     ]
 
 
-def test_wandb_records_a_run_without_an_account(tiny_root, tmp_path, monkeypatch, no_export):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    for name in ("exit", "excepthook"):  # wandb puts its own in their place and leaves them there
-        monkeypatch.setattr(sys, name, getattr(sys, name))
-    for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
-        monkeypatch.setenv(name, str(tmp_path))
-    more = [
-        *one_run_in(tmp_path),
-        f"--trainer.logger.init_args.save_dir={tmp_path}",
-        "--trainer.log_every_n_steps=1",
-    ]
-    try:
-        cli = train.main(arguments(tiny_root, *TEACHER, "wandb.yaml", more=more))
-        assert isinstance(cli.trainer.logger, WandbLogger)
-    finally:
-        wandb.finish()
-        wandb.teardown()
-    (run,) = (tmp_path / "wandb").glob("offline-run-*")
-    (record,) = run.glob("*.wandb")
-    content = record.read_bytes()
-    for name in (b"val/ap_all", b"train/loss", b"lr-AdamW"):
-        assert name in content
-    assert list((run / "files" / "media" / "images").rglob("*.png"))  # the sheet of detections
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [(["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=curves"], "curves/lightning_logs/version_0"),
+     (["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=."], "lightning_logs/version_0")],
+)  # fmt: skip
+def test_loggers_write_to_the_runs_folder(options, place, tiny_root, tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning.fabric.loggers.tensorboard._TENSORBOARD_AVAILABLE", True)
+    monkeypatch.setattr(L.Trainer, "_fit_impl", lambda *_, **__: None)
+    cli = train.main(arguments(tiny_root, *TEACHER, more=[*one_run_in(tmp_path / "run"), *options]))
+    assert cli.trainer.log_dir == str(tmp_path / "run" / place)
+
+
+def test_wandb_is_added_to_the_csv_files(tiny_root, tmp_path, monkeypatch):
+    monkeypatch.setattr(L.Trainer, "_fit_impl", lambda *_, **__: None)
+    more = [*one_run_in(tmp_path / "run"), "--trainer.logger.init_args.project=faces"]
+    cli = train.main(arguments(tiny_root, *TEACHER, "wandb.yaml", more=more))
+    csv, dashboard = cli.trainer.loggers
+    assert isinstance(csv, CSVLogger)
+    assert csv.log_dir == str(tmp_path / "run" / "lightning_logs" / "version_0")
+    assert isinstance(dashboard, WandbLogger)
+    assert dashboard.name == "faces"
 
 
 def test_last_checkpoint_is_the_newest_even_as_accuracy_falls(tiny_root, tmp_path, monkeypatch, no_export):
@@ -265,6 +266,60 @@ def test_truncated_photo_to_train_on_is_skipped_with_a_warning(tiny_root, tmp_pa
         cli = train.main(arguments(root, *TEACHER, more=more))
     assert cli.trainer.global_step == 2
     assert cli.datamodule.skipped_files == {str(photo)}
+
+
+class KillWorkerInSecondEpoch(L.Callback):
+    """What the system does when memory is short."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.current_epoch == 1:
+            for worker in active_children():
+                os.kill(worker.pid, signal.SIGKILL)
+
+
+def test_a_dead_worker_is_one_line_and_the_same_command_goes_on(tiny_root, tmp_path, monkeypatch, capsys, no_export):
+    more = [*one_run_in(tmp_path, epochs=2), "--data.init_args.num_workers=1", "--ckpt_path=last"]
+    with monkeypatch.context() as patch:
+        patch.setattr("callbacks.ImageLogging", KillWorkerInSecondEpoch)
+        error = one_line_error(arguments(tiny_root, *TEACHER, more=more), capsys)
+    assert "data: DataLoader worker (pid" in error
+    assert "lower data.init_args.num_workers" in error
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["epoch"] == 0
+    train.main(arguments(tiny_root, *TEACHER, more=more))
+    assert torch.load(last, weights_only=True)["epoch"] == 1
+
+
+def test_a_signal_waits_while_everything_is_imported(tmp_path):
+    """A cluster may say that the time is over before there is anyone to hear it."""
+    (tmp_path / "lightning.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGUSR2)\nraise SystemExit(str(signal.sigpending()))"
+    )
+    command = [sys.executable, str(ROOT / "train.py"), "fit"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "SIGUSR2" in result.stderr, result.returncode
+
+
+def test_the_signal_comes_when_the_callbacks_are_there(tiny_root, monkeypatch):
+    seen = []
+    before = signal.signal(signal.SIGUSR2, lambda *_: seen.append("too early"))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    try:
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR2)  # other tests may have left threads without the mask
+        monkeypatch.setattr("callbacks.NanGuard.__init__", lambda self: listen(seen))
+        monkeypatch.setattr(train.RetinaFaceCLI, "before_fit", lambda self: sys.exit(len(seen)))
+        with pytest.raises(SystemExit) as stop:
+            train.main(arguments(tiny_root, *TEACHER, more=["--model.init_args.network.channels=16"]))
+        assert stop.value.code == 1
+        assert seen == ["heard"]
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
+        signal.signal(signal.SIGUSR2, before)
+
+
+def listen(seen):
+    signal.signal(signal.SIGUSR2, lambda *_: seen.append("heard"))
 
 
 def test_command_line_prints_one_line(tiny_root):

@@ -15,6 +15,7 @@ from torchvision.ops import generalized_box_iou_loss  # type: ignore[import-unty
 from retinaface.compression.features import FeatureLevels
 from retinaface.errors import InputError
 from retinaface.model.boxes import VARIANCES, decode_boxes
+from retinaface.model.losses import Divisor, own_divisor
 from retinaface.model.network import Outputs
 
 Part = Literal["logits", "boxes", "landmarks", "features"]
@@ -104,6 +105,7 @@ def distillation_losses(
     settings: DistillationSettings,
     student_features: Sequence[Tensor] = (),
     teacher_features: Sequence[Tensor] = (),
+    divisor: Divisor = own_divisor,
 ) -> dict[Part, Tensor]:
     """How far the student is from what the teacher says, by part.
 
@@ -113,6 +115,7 @@ def distillation_losses(
         settings: Which parts, and how.
         student_features: ``(B, C, H, W)`` per level, in the teacher's widths; needed where features have a weight.
         teacher_features: The same from the teacher, without gradients.
+        divisor: What to divide by, from the weights of the anchors; ``pkd`` correlates the pictures given here alone.
 
     Returns:
         Weighted scalars, finite also where the teacher sees no face; their sum is the loss. Parts without a weight are
@@ -123,13 +126,15 @@ def distillation_losses(
     certainty = teacher_certainty(teacher_logits, settings.confidence)
     losses: dict[Part, Tensor] = {}
     if settings.logits:
-        losses["logits"] = settings.logits * logit_distillation(student_logits, teacher_logits, settings.temperature)
+        losses["logits"] = settings.logits * logit_distillation(
+            student_logits, teacher_logits, settings.temperature, divisor
+        )
     if settings.boxes:
         of_boxes = box_distillation if settings.box_loss == "smooth_l1" else giou_distillation
-        losses["boxes"] = settings.boxes * of_boxes(student_boxes, teacher_boxes, certainty)
+        losses["boxes"] = settings.boxes * of_boxes(student_boxes, teacher_boxes, certainty, divisor)
     if settings.landmarks:
         losses["landmarks"] = settings.landmarks * landmark_distillation(
-            student_landmarks, teacher_landmarks, certainty
+            student_landmarks, teacher_landmarks, certainty, divisor
         )
     if settings.features:
         levels = zip(student_features, teacher_features, strict=True)
@@ -155,7 +160,9 @@ def teacher_certainty(teacher_logits: Tensor, confidence: float) -> Tensor:
     return torch.where(score >= confidence, score, 0.0)
 
 
-def logit_distillation(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+def logit_distillation(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float, divisor: Divisor = own_divisor
+) -> Tensor:
     """Kullback-Leibler divergence from the teacher's to the student's softened class distribution.
 
     Each anchor counts by the larger of the two face scores: faces, the teacher's doubts and the student's false alarms,
@@ -165,9 +172,10 @@ def logit_distillation(student_logits: Tensor, teacher_logits: Tensor, temperatu
         student_logits: ``(B, A, 2)``.
         teacher_logits: ``(B, A, 2)``.
         temperature: Softens both.
+        divisor: What to divide by, from the sum of the weights.
 
     Returns:
-        A scalar, normalised by the sum of the weights.
+        A scalar.
     """
     divergence = F.kl_div(
         F.log_softmax(student_logits / temperature, dim=-1),
@@ -176,44 +184,53 @@ def logit_distillation(student_logits: Tensor, teacher_logits: Tensor, temperatu
         log_target=True,
     ).sum(-1)
     weight = torch.maximum(student_logits.softmax(-1)[..., 1], teacher_logits.softmax(-1)[..., 1]).detach()
-    return temperature**2 * (weight * divergence).sum() / weight.sum().clamp(min=1)
+    return temperature**2 * (weight * divergence).sum() / divisor(weight.sum())
 
 
-def box_distillation(student_deltas: Tensor, teacher_deltas: Tensor, certainty: Tensor) -> Tensor:
+def box_distillation(
+    student_deltas: Tensor, teacher_deltas: Tensor, certainty: Tensor, divisor: Divisor = own_divisor
+) -> Tensor:
     """Smooth-L1 between deltas where the teacher is certain, as in the detection loss (arXiv:1504.08083).
 
     Args:
         student_deltas: ``(B, A, 4)`` float32, or as many as there are to an anchor.
         teacher_deltas: The same from the teacher.
         certainty: ``(B, A)``, weight of each anchor, from :func:`teacher_certainty`.
+        divisor: What to divide by, from the sum of the weights.
 
     Returns:
-        A scalar, normalised by the sum of the weights; 0, with gradients of 0, where they are all 0.
+        A scalar; 0, with gradients of 0, where they are all 0.
     """
-    return _weighted(F.smooth_l1_loss(student_deltas, teacher_deltas, reduction="none").sum(-1), certainty)
+    return _weighted(F.smooth_l1_loss(student_deltas, teacher_deltas, reduction="none").sum(-1), certainty, divisor)
 
 
-def landmark_distillation(student_deltas: Tensor, teacher_deltas: Tensor, certainty: Tensor) -> Tensor:
+def landmark_distillation(
+    student_deltas: Tensor, teacher_deltas: Tensor, certainty: Tensor, divisor: Divisor = own_divisor
+) -> Tensor:
     """As :func:`box_distillation`, for the ``(B, A, 10)`` deltas of landmarks."""
-    return box_distillation(student_deltas, teacher_deltas, certainty)
+    return box_distillation(student_deltas, teacher_deltas, certainty, divisor)
 
 
-def giou_distillation(student_deltas: Tensor, teacher_deltas: Tensor, certainty: Tensor) -> Tensor:
+def giou_distillation(
+    student_deltas: Tensor, teacher_deltas: Tensor, certainty: Tensor, divisor: Divisor = own_divisor
+) -> Tensor:
     """1 - GIoU (arXiv:1902.09630) between the student's and the teacher's box where the teacher is certain.
 
     Boxes are decoded relative to their anchor, as GIoU is the same in every scale. Sides beyond 62.5 times the
-    anchor's count as that, and pass no gradient, so that an untrained student has a finite loss.
+    anchor's count as that, and pass no gradient, so that an untrained student has a finite loss. torchvision's function
+    chooses boxes by a mask, for which Python waits for a GPU; no other part of the losses does.
 
     Args:
         student_deltas: ``(B, A, 4)`` float32.
         teacher_deltas: ``(B, A, 4)`` float32.
         certainty: ``(B, A)``, weight of each anchor, from :func:`teacher_certainty`.
+        divisor: What to divide by, from the sum of the weights.
 
     Returns:
-        A scalar from 0 to 2, normalised by the sum of the weights; 0, with gradients of 0, where they are all 0.
+        A scalar from 0 to 2; 0, with gradients of 0, where they are all 0.
     """
     own, wanted = (_decode_relative(deltas) for deltas in (student_deltas, teacher_deltas))
-    return _weighted(generalized_box_iou_loss(own, wanted, reduction="none"), certainty)
+    return _weighted(generalized_box_iou_loss(own, wanted, reduction="none"), certainty, divisor)
 
 
 def _decode_relative(deltas: Tensor) -> Tensor:
@@ -226,8 +243,8 @@ def _decode_relative(deltas: Tensor) -> Tensor:
     )
 
 
-def _weighted(errors: Tensor, certainty: Tensor) -> Tensor:
-    return (errors * certainty).sum() / certainty.sum().clamp(min=1)
+def _weighted(errors: Tensor, certainty: Tensor, divisor: Divisor) -> Tensor:
+    return (errors * certainty).sum() / divisor(certainty.sum())
 
 
 def pearson_distillation(student: Tensor, teacher: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from retinaface.compression.distillation import (
 from retinaface.errors import InputError
 from retinaface.model.anchors import make_anchors
 from retinaface.model.boxes import decode_boxes
+from retinaface.model.losses import own_divisor, shared_divisor
 
 DEFAULTS = DistillationSettings()
 GIOU = DistillationSettings(box_loss="giou")
@@ -63,6 +64,23 @@ def test_weights_of_the_parts():
         losses = distillation_losses(student, teacher, DistillationSettings(**weights), own, wanted)
         assert losses == {part: 2.5 * ones[part]}
     assert list(distillation_losses(student, teacher, DEFAULTS)) == ["logits", "boxes", "landmarks"]
+
+
+@pytest.mark.parametrize("settings", [DEFAULTS, GIOU], ids=lambda settings: settings.box_loss)
+def test_mean_over_processes_is_the_loss_of_one_with_all_pictures(settings, in_two_processes):
+    """The teacher is sure of more faces in the first process's picture, and each part counts them."""
+    student, teacher = random_outputs(), random_outputs()
+    teacher[0][0, :, 1] += 2
+
+    def losses(own, divisor):
+        pictures = ([output[own] for output in outputs] for outputs in (student, teacher))
+        return torch.stack([*distillation_losses(*pictures, settings, divisor=divisor).values()])
+
+    whole = losses(slice(None), own_divisor)
+    for divisor in (shared_divisor, own_divisor):
+        first, second = in_two_processes(lambda own, d=divisor: losses(own, d), slice(0, 1), slice(1, 2))
+        same = torch.isclose((first + second) / 2, whole)
+        assert same.all() if divisor is shared_divisor else not same.any()
 
 
 def test_gradients_reach_the_student_only():

@@ -2,6 +2,7 @@ import errno
 import os
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ def content(value):
     return {
         "state_dict": {"weight": torch.full((100,), value)},
         "epoch": int(value),
+        "global_step": 10 * int(value),
         "structure": {},
         "pytorch-lightning_version": "2",
     }
@@ -107,39 +109,78 @@ def test_unsavable_content_leaves_the_old_file(tmp_path):
     assert load(path)["epoch"] == 1
 
 
-def written(path, value, time):
-    save(path, value)
-    os.utime(path, ns=(time, time))
+def test_what_a_requeued_job_saved_goes_with_the_next_checkpoint(tmp_path):
+    queue = tmp_path / "requeued.ckpt"
+    save(tmp_path / "last.ckpt", 1.0)
+    save(queue, 2.0)
+    save(queue, 3.0)
+    assert names(tmp_path) == {"last.ckpt", "requeued.ckpt", "requeued.ckpt.previous"}
+    save(tmp_path / "last.ckpt", 4.0)
+    assert names(tmp_path) == {"last.ckpt", "last.ckpt.previous"}
 
 
-def test_the_newest_checkpoint(tmp_path):
+def test_the_checkpoint_furthest_on_whatever_the_clock_says(tmp_path):
+    """The clock was set back before each save, so every file is older than the one that it came after."""
     assert newest_checkpoint(tmp_path / "nowhere") is None
     assert newest_checkpoint(tmp_path) is None
-    last, queue = tmp_path / "last.ckpt", tmp_path / "requeued.ckpt"
-    written(last, 1.0, 10)
-    written(queue, 2.0, 20)
+    last, best, queue = (tmp_path / f"{name}.ckpt" for name in ("last", "best", "requeued"))
+
+    def save_at(path, value, time):
+        save(path, value)
+        os.utime(path, ns=(time, time))
+
+    save_at(last, 1.0, 80)
+    save_at(best, 1.0, 70)
+    save_at(last, 2.0, 60)
+    assert newest_checkpoint(tmp_path) == last
+    save_at(queue, 3.0, 50)
     assert newest_checkpoint(tmp_path) == queue
-    written(last, 3.0, 30)
+    save_at(queue, 2.0, 40)  # in the validation that ended the epoch of last.ckpt, which was saved after it
+    assert newest_checkpoint(tmp_path) == last
+    save_at(last, 4.0, 30)
     assert newest_checkpoint(tmp_path) == last
     last.unlink()  # as if killed between the two renamings
-    os.utime(previous_of(last), ns=(25, 25))
     assert newest_checkpoint(tmp_path) == previous_of(last)
 
 
-@pytest.mark.parametrize("damage", [b"", b"not a checkpoint", "half", "foreign"])
+def test_a_run_begun_anew_in_the_same_folder_comes_before_what_it_replaced(tmp_path):
+    save(tmp_path / "last.ckpt", 9.0)
+    save(tmp_path / "last.ckpt", 1.0)
+    assert newest_checkpoint(tmp_path) == tmp_path / "last.ckpt"
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    place = content.index(np.full(100, 2.0, np.float32).tobytes())  # in the weights: torch would load it
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_bytes(b"not a checkpoint"),
+    "half": lambda path: path.write_bytes(path.read_bytes()[:500]),
+    "foreign": lambda path: torch.save({"weight": torch.zeros(1)}, path),
+    "bit": flip_a_bit,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over_aloud(damage, tmp_path, caplog):
     path = tmp_path / "last.ckpt"
-    written(path, 1.0, 10)
-    written(path, 2.0, 20)
-    if damage == "foreign":
-        torch.save({"weight": torch.zeros(1)}, path)
-    else:
-        path.write_bytes(path.read_bytes()[:500] if damage == "half" else damage)
+    save(path, 1.0)
+    save(path, 2.0)
+    DAMAGES[damage](path)
     with caplog.at_level("INFO"):
         assert newest_checkpoint(tmp_path) == previous_of(path)
     first, second = (record.getMessage() for record in caplog.records)
-    assert first.startswith(f"damaged checkpoint passed over: {path}: not a checkpoint")
-    assert second == f"going on from the one before it: {previous_of(path)}"
+    what = "damaged, its checksums" if damage == "bit" else "not a checkpoint"
+    assert first.startswith(f"damaged checkpoint passed over: {path}: {what}")
+    assert second == f"going on from {previous_of(path)} instead"
+    if damage != "foreign":
+        save(path, 3.0)  # a kill between its two renamings must still leave something to go on from
+        assert load(previous_of(path))["epoch"] == 1
+    path.write_bytes(b"")
     previous_of(path).write_bytes(b"")
     with pytest.raises(InputError, match="delete them to start anew"):
         newest_checkpoint(tmp_path)

@@ -4,14 +4,17 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from torch import nn
 
 from datamodules import WiderFaceDataModule
 from lightning_modules import CompressionModule
 from retinaface.compression.distillation import DistillationSettings
+from retinaface.compression.features import FeatureTap
 from retinaface.compression.pruning import PruningSettings, apply_plan, make_plan
 from retinaface.compression.quantization import FakeQuantizedRetinaFace
 from retinaface.compression.structure import load_network
+from retinaface.delivery.export import export_onnx
 from retinaface.errors import InputError
 
 FEATURES = DistillationSettings(features=1.0)
@@ -168,6 +171,24 @@ def test_precision_of_the_teacher(tiny_checkpoint, batch, logged, precision, aro
     assert loss.dtype == torch.float32
 
 
+@pytest.mark.parametrize("feature_loss", ["pkd", "cwd"])
+def test_no_part_of_the_loss_waits_for_the_device(tiny_checkpoint, batch, logged, no_waiting, feature_loss):
+    settings = DistillationSettings(features=1.0, feature_loss=feature_loss)
+    module = CompressionModule(str(tiny_checkpoint), str(tiny_checkpoint), distillation=settings)
+    module._make_adapters()
+    module._teacher_tap = FeatureTap(module.teacher, "fpn")
+    with no_waiting:
+        module.training_step(batch, 0).backward()
+    assert logged["distillation/features"] > 0
+
+
+def test_a_compiled_student_learns_no_features(tiny_checkpoint):
+    networks = (str(tiny_checkpoint), str(tiny_checkpoint))
+    CompressionModule(*networks, compile_network=True)
+    with pytest.raises(InputError, match=r"compile_network is set.* set distillation\.features to 0"):
+        CompressionModule(*networks, distillation=FEATURES, compile_network=True)
+
+
 def test_teacher_is_not_in_the_checkpoint(fitted):
     _, _, checkpoint = fitted
     content = torch.load(checkpoint, weights_only=True)
@@ -319,6 +340,47 @@ def test_the_teacher_is_compiled_for_any_size(tiny_root, tiny_checkpoint, tmp_pa
     module = CompressionModule(str(tiny_checkpoint), str(tiny_checkpoint), distillation=settings)
     fit(module, tiny_root, tmp_path, fast_dev_run=True)
     assert compiled == [(module.teacher, {"dynamic": True})]
+
+
+def test_a_fake_quantized_student_is_not_compiled(compressed, save_checkpoint, tiny_root, tmp_path):
+    original = save_checkpoint(compressed.original, tmp_path / "original.ckpt")
+    module = CompressionModule(str(original), compile_network=True)
+    with pytest.raises(InputError, match=r"compile_network is set, but a fake-quantized network .* leave it out"):
+        fit(module, tiny_root, tmp_path, callbacks=[Quantize(compressed)], fast_dev_run=True)
+
+
+class AskForSyncBatchNorm(L.Callback):
+    """Makes the strategy that of a fit with ``sync_batchnorm`` in several processes."""
+
+    def setup(self, trainer, pl_module, stage):
+        trainer.strategy._layer_sync = TorchSyncBatchNorm()
+
+
+def test_batch_norms_of_a_fake_quantized_student_stay_apart_and_that_is_said(
+    compressed, save_checkpoint, tiny_root, tmp_path
+):
+    original = save_checkpoint(compressed.original, tmp_path / "original.ckpt")
+    callbacks = [Quantize(compressed), AskForSyncBatchNorm()]
+    with pytest.warns(UserWarning, match=r"sync_batchnorm does not reach the batch norms of a fake-quantized network"):
+        fit(CompressionModule(str(original)), tiny_root, tmp_path, callbacks=callbacks, fast_dev_run=True)
+
+
+def test_batch_norms_cannot_be_synchronised_without_gpus(tiny_root, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(L.Trainer, "world_size", 2)
+    module = CompressionModule(str(tiny_checkpoint))
+    with pytest.raises(InputError, match="trainer: sync_batchnorm needs GPUs"):
+        fit(module, tiny_root, tmp_path, callbacks=[AskForSyncBatchNorm()], fast_dev_run=True)
+
+
+@pytest.mark.slow
+def test_synchronised_batch_norms_are_exported_and_keep_their_names(tiny_network, tmp_path):
+    """The check of the exported file compares it with the network."""
+    names = list(tiny_network.state_dict())
+    network = TorchSyncBatchNorm().apply(tiny_network)
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
+    assert list(network.state_dict()) == names
+    export_onnx(network, tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx").is_file()
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from lightning_modules import RetinaFaceModule
 from lightning_modules.detection import OptimizerSettings, learning_rate_factor, parameter_groups, rate_factors
 from retinaface.errors import InputError
 from retinaface.evaluation.evaluate import evaluate
-from retinaface.model.network import NetworkConfig
+from retinaface.model.network import NetworkConfig, normalize
 from retinaface.model.postprocess import Detections
 
 
@@ -178,6 +178,65 @@ def test_rates_of_nothing_are_named(tiny_network, compressed, name, problem):
 def test_bad_optimizer_settings_are_named(settings):
     with pytest.raises(InputError, match=next(iter(settings))):
         OptimizerSettings(**settings)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """What was compiled, and the sizes of the pictures that it ran with; nothing is really compiled."""
+    calls = []
+
+    def pretend(function, **options):
+        def run(images):
+            calls.append((options, tuple(images.shape)))
+            return function(images)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", pretend)
+    return calls
+
+
+def test_training_alone_is_compiled(tiny_root, tiny_checkpoint, quiet_trainer, compiled):
+    module = RetinaFaceModule(weights=str(tiny_checkpoint), compile_network=True)
+    names = list(module.state_dict())
+    quiet_trainer.fit_loop.max_epochs = 1
+    quiet_trainer.fit(module, datamodule=WiderFaceDataModule(tiny_root, train_size=64, batch_size=4, num_workers=0))
+    assert compiled == [({"dynamic": False}, (4, 3, 64, 64))] * 2
+    assert quiet_trainer.callback_metrics["val/ap_all"] >= 0
+    assert list(module.state_dict()) == names
+
+
+@pytest.mark.parametrize("channels_last", [None, True, False])
+def test_training_arranges_pictures_in_memory(tiny_checkpoint, channels_last):
+    """The values stay the same; the network computes in what it gets, and gives the same but for the last bits."""
+    module = RetinaFaceModule(weights=str(tiny_checkpoint), channels_last=channels_last).eval()
+    kept = []
+    module.network.ssh[0].register_forward_hook(lambda _, images, maps: kept.append(maps))
+    batch = {"images": torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)}
+    images = module.training_images(batch)
+    assert torch.equal(images, normalize(batch["images"]))
+    for actual, expected in zip(module.training_outputs(images), module(batch["images"]), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    for maps in (images, kept[0]):
+        assert maps.is_contiguous(memory_format=torch.channels_last) == (channels_last is not False)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_learns_the_same(tiny_root, tiny_checkpoint, tmp_path, monkeypatch):
+    """With a backend that only traces, forward and backward."""
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: original(*args, backend="aot_eager", **options))
+    states = []
+    for compiles in (False, True):
+        module = RetinaFaceModule(weights=str(tiny_checkpoint), compile_network=compiles)
+        trainer = L.Trainer(
+            accelerator="cpu", max_epochs=1, limit_val_batches=0, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, default_root_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(module, datamodule=WiderFaceDataModule(tiny_root, train_size=64, batch_size=4, num_workers=0))
+        states.append(module.state_dict())
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=1e-4, msg=name)
 
 
 def test_validation_boxes_are_in_the_photos_own_pixels(tiny_checkpoint):

@@ -1,12 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import box_iou
 
 from retinaface.model.anchors import make_anchors
 from retinaface.model.boxes import encode_boxes, encode_landmarks, to_xyxy
-from retinaface.model.losses import Targets, assign_targets, detection_loss
+from retinaface.model.losses import Targets, assign_targets, detection_loss, own_divisor, shared_divisor
 
 ANCHORS = make_anchors(96, 96, ((16, 32), (64, 96)), (8, 16))
 
@@ -44,9 +43,9 @@ def plain_assignment(boxes, landmarks, has_landmarks, labels, anchors, threshold
     return anchor_labels, matches
 
 
-@pytest.mark.parametrize("faces", [1, 5, 70])
+@pytest.mark.parametrize("faces", [1, 5, 20])
 def test_targets_against_a_plain_restatement(faces):
-    """With 70 faces the comparison runs in two parts."""
+    """With 20 faces the comparison runs in two parts."""
     truth = random_faces(3, faces)
     targets = assign_targets(*truth, ANCHORS)
     labels, matches = plain_assignment(*truth, ANCHORS)
@@ -156,33 +155,33 @@ def test_half_precision_outputs_are_compared_in_float():
     assert detection_loss(outputs, assign_targets(*random_faces(2, 3), ANCHORS)).total.dtype == torch.float32
 
 
-class NoWaiting(TorchDispatchMode):
-    """Fails where the device would have to finish before Python can go on."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket._qualified_op_name
-        assert name not in {
-            "aten::_local_scalar_dense",
-            "aten::nonzero",
-            "aten::masked_select",
-            "aten::is_nonzero",
-            "aten::equal",
-            "aten::unique_dim",
-            "aten::_unique2",
-        }, f"{name} waits for the device"
-        if name == "aten::index":
-            assert not any(index is not None and index.dtype == torch.bool for index in args[1]), (
-                "boolean indexing waits"
-            )
-        return function(*args, **(kwargs or {}))
-
-
-def test_nothing_waits_for_the_device():
+def test_nothing_waits_for_the_device(no_waiting):
     truth, outputs = random_faces(2, 70), random_outputs(2)
-    with NoWaiting():
+    with no_waiting:
         detection_loss(outputs, assign_targets(*truth, ANCHORS)).total.backward()
-    with pytest.raises(AssertionError, match="waits"), NoWaiting():
+    with pytest.raises(AssertionError, match="waits"), no_waiting:
         truth[0][truth[3] == 1]
+
+
+def test_mean_over_processes_is_the_loss_of_one_with_all_pictures(in_two_processes):
+    """The first process has nearly all faces; with its own count each would weigh less than those of the second."""
+    *places, labels = random_faces(4, 6)
+    labels[:2], labels[2:, 1:] = 1, 0
+    outputs = random_outputs(4)
+
+    def losses(own, divisor):
+        targets = assign_targets(*(value[own] for value in places), labels[own], ANCHORS)
+        return torch.stack([*detection_loss(tuple(output[own] for output in outputs), targets, divisor=divisor)])
+
+    whole = losses(slice(None), own_divisor)
+    for divisor in (shared_divisor, own_divisor):
+        first, second = in_two_processes(lambda own, d=divisor: losses(own, d), slice(0, 2), slice(2, 4))
+        assert torch.allclose((first + second) / 2, whole) == (divisor is shared_divisor)
+
+
+def test_without_other_processes_the_own_counts_are_shared():
+    counts = torch.tensor([0, 3])
+    assert shared_divisor(counts).tolist() == own_divisor(counts).tolist() == [1, 3]
 
 
 def test_all_runs_where_tensors_have_no_values():
