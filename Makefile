@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint clean
+.PHONY: help demo test test-slow soak lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ test: $(INSTALLED) ## Run the tests but the slow ones
 
 test-slow: $(INSTALLED) ## Run the slow tests
 	$(PYTHON) -m pytest -m slow
+
+soak: $(INSTALLED) ## Kill a small recipe over 30 times, and compare its end with an undisturbed one (minutes)
+	$(PYTHON) tests/soak.py
 
 lint: $(INSTALLED) ## Check style, format and types
 	$(PYTHON) -m ruff check

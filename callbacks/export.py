@@ -47,6 +47,20 @@ class ExportOnnx(L.Callback):
     ) -> None:
         self.path = path
         self.settings = OnnxSettings(form, input, size, batch, score_threshold, nms_threshold)
+        self._measured: dict[str, float] = {}
+
+    def file(self, trainer: L.Trainer) -> Path:
+        """What a fit of this trainer writes."""
+        return Path(self.path or Path(trainer.default_root_dir) / "model.onnx")
+
+    @override
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        # A fit that is interrupted after its last validation, and goes on, has nothing left to measure.
+        checkpoint["average_precision"] = _average_precision(trainer) or self._measured
+
+    @override
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._measured = checkpoint.get("average_precision", {})
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -57,14 +71,18 @@ class ExportOnnx(L.Callback):
         root = getattr(data, "root", None)
         export_onnx(
             pl_module.network,
-            Path(self.path or Path(trainer.default_root_dir) / "model.onnx"),
+            self.file(trainer),
             self.settings,
             photos=[sample.path for sample in evenly_spread(getattr(data, "val_samples", []), _PHOTOS)],
             trained_on=None if root is None else Path(root).resolve().name,
-            average_precision={
-                name.removeprefix(_AP): round(float(value), 4)
-                for name, value in trainer.callback_metrics.items()
-                if name.startswith(_AP)
-            }
-            or None,
+            average_precision=_average_precision(trainer) or self._measured or None,
         )
+
+
+def _average_precision(trainer: L.Trainer) -> dict[str, float]:
+    """What the last validation of this fit measured, subset to value; without subsets that have no face (NaN)."""
+    return {
+        name.removeprefix(_AP): round(float(value), 4)
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith(_AP) and not value.isnan()
+    }

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_modules.checkpoint_io import REQUEUED, previous_of
+from lightning_modules.checkpoint_io import REQUEUED
 from retinaface.slurm import SAVED, requeue_job
 
 _VALIDATION = "epoch_loop.val_loop.batch_progress"
@@ -26,7 +26,7 @@ class Requeue(L.Callback):
     status 75, and ``--ckpt_path=last`` goes on with the next one. A validation is broken off and begun
     anew; an export that is under way goes on for as long as the cluster lets it, and is done again.
 
-    The checkpoint is ``requeued.ckpt`` beside those of ``ModelCheckpoint``; when the fit is over it is deleted. In the
+    The checkpoint is ``requeued.ckpt`` beside those of ``ModelCheckpoint``; the next one of those deletes it. In the
     list of callbacks this one belongs behind all that change something after a step.
 
     Lightning's own way, ``SLURMEnvironment(auto_requeue=True)``, saves inside the signal handler: in the middle of a
@@ -103,13 +103,6 @@ class Requeue(L.Callback):
         if self._trained and self._first_process and signal.SIGUSR2 in self._asked:
             self._asked.clear()
             requeue_job()
-
-    @override
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero:
-            file = _file(trainer)
-            file.unlink(missing_ok=True)
-            previous_of(file).unlink(missing_ok=True)
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

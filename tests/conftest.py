@@ -1,12 +1,19 @@
 """Fixtures that tests of several rooms share."""
 
+import json
 import os
 import re
+import struct
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from threading import Barrier, get_ident
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -15,8 +22,13 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start; see _
 
 import onnx
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchao.quantization.pt2e import qat_utils
 
+from retinaface.compression import quantization
 from retinaface.compression.pruning import PruningSettings, apply_plan, make_plan
 from retinaface.compression.quantization import (
     FakeQuantizedRetinaFace,
@@ -54,6 +66,34 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _prepare_for_int8_sooner() -> Iterator[None]:
+    """Leaves out what takes most of the time of preparing a network for INT8 and always ends the same.
+
+    Networks of one shape are traced once, without their weights, and torchao does not look for kinds of convolutions
+    that no network here has.
+    """
+    graphs: dict[object, GraphModule] = {}
+    trace, fuse = quantization._trace, qat_utils._fuse_conv_bn_qat_helper
+
+    def trace_once(network: RetinaFace) -> GraphModule:
+        state = network.state_dict()
+        shape = (network.config, *((name, value.shape) for name, value in state.items()))
+        if shape not in graphs:
+            graphs[shape] = trace(network)
+        graph = deepcopy(graphs[shape])
+        graph.load_state_dict(state)
+        return graph
+
+    def fuse_two_dimensional(graph: GraphModule, convolution: object, *args: Any, **options: Any) -> GraphModule:
+        return fuse(graph, convolution, *args, **options) if convolution is F.conv2d else graph
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantization, "_trace", trace_once)
+        patch.setattr(qat_utils, "_fuse_conv_bn_qat_helper", fuse_two_dimensional)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _leave_nothing_behind() -> Iterator[None]:
     """Every test starts from the same seed, restores the environment, and leaves nothing in the checkout."""
@@ -61,6 +101,7 @@ def _leave_nothing_behind() -> Iterator[None]:
     environment = dict(os.environ)
     names = _names()
     yield
+    torch.set_num_threads(1)  # where the test chose another number
     os.environ.clear()
     os.environ.update(environment)
     left = sorted(_names() - names)
@@ -196,6 +237,57 @@ def onnx_files(tmp_path_factory: pytest.TempPathFactory, compressed: Compressed)
     return {path.stem: path for path in folder.iterdir()}
 
 
+class NoWaiting(TorchDispatchMode):
+    """Fails where the device would have to finish before Python can go on."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = function.overloadpacket._qualified_op_name
+        assert name not in {
+            "aten::_local_scalar_dense",
+            "aten::nonzero",
+            "aten::masked_select",
+            "aten::is_nonzero",
+            "aten::equal",
+            "aten::unique_dim",
+            "aten::_unique2",
+        }, f"{name} waits for the device"
+        if name == "aten::index":
+            assert not any(index is not None and index.dtype == torch.bool for index in args[1]), (
+                "boolean indexing waits"
+            )
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def no_waiting() -> NoWaiting:
+    """A context in which nothing may wait for the device."""
+    return NoWaiting()
+
+
+@pytest.fixture
+def in_two_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Tensor]]:
+    """Calls a function once with each of two arguments, in threads that take each other for another process."""
+    barrier, given = Barrier(2, timeout=60), {}
+
+    def all_reduce(counts: Tensor) -> None:
+        given[get_ident()] = counts.clone()
+        barrier.wait()
+        total = sum(given.values())
+        barrier.wait()
+        counts.copy_(total)
+
+    always = SimpleNamespace(
+        is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: 2, all_reduce=all_reduce
+    )
+    monkeypatch.setattr("retinaface.model.losses.distributed", always)
+
+    def run(function: Callable[..., Tensor], *arguments: object) -> list[Tensor]:
+        with ThreadPoolExecutor(2) as threads:
+            return list(threads.map(function, arguments))
+
+    return run
+
+
 @pytest.fixture
 def quick_export(onnx_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every export gives the network of ``tiny_network``, at once instead of in seconds."""
@@ -203,3 +295,109 @@ def quick_export(onnx_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -
     del model.metadata_props[:]
     content = model.SerializeToString()
     monkeypatch.setattr("retinaface.delivery.export._to_onnx", lambda form: onnx.ModelProto.FromString(content))
+
+
+@contextmanager
+def _wandb_offline(folder: Path) -> Iterator[Callable[[], list["WandbRun"]]]:
+    import wandb
+
+    def read() -> list[WandbRun]:
+        wandb.finish()
+        wandb.teardown()  # all is on the disk only then
+        return [WandbRun.read(file) for file in sorted(folder.rglob("offline-run-*/*.wandb"))]
+
+    home = folder / "wandb_home"
+    home.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("WANDB_")]:
+            patch.delenv(name)
+        for name in ("DIR", "CACHE_DIR", "CONFIG_DIR", "DATA_DIR"):
+            patch.setenv(f"WANDB_{name}", str(home))
+        patch.setenv("WANDB_SILENT", "true")
+        patch.setenv("NETRC", str(home / "none"))
+        for name in ("exit", "excepthook"):  # wandb puts its own in their place and leaves them there
+            patch.setattr(sys, name, getattr(sys, name))
+        yield read
+        wandb.teardown()
+
+
+@pytest.fixture(scope="session")
+def start_wandb_offline() -> Callable[[Path], AbstractContextManager[Callable[[], list["WandbRun"]]]]:
+    """A context in which nobody is logged in, and a folder takes what W&B is sent; it gives a function.
+
+    That reads the runs back, in their order.
+    """
+    return _wandb_offline
+
+
+@pytest.fixture
+def wandb_offline(tmp_path: Path) -> Iterator[Callable[[], list["WandbRun"]]]:
+    """The context of ``start_wandb_offline`` around a test, in its folder."""
+    with _wandb_offline(tmp_path) as read:
+        yield read
+
+
+@dataclass
+class WandbRun:
+    """What an offline run of W&B has on the disk, read with the messages of its own SDK.
+
+    ``history`` holds every value of a name in order; ``made`` and ``used`` are records of artifacts.
+    """
+
+    file: Path
+    run: Any = None
+    config: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    history: dict[str, list[Any]] = field(default_factory=dict)
+    made: list[Any] = field(default_factory=list)
+    used: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, file: Path) -> "WandbRun":
+        found = cls(file)
+        for record in _wandb_records(file.read_bytes()):
+            content = getattr(record, record.WhichOneof("record_type"))
+            match record.WhichOneof("record_type"):
+                case "run":
+                    found.run = content
+                    found.config |= _values(content.config.update)
+                case "config":
+                    found.config |= _values(content.update)
+                case "summary":
+                    found.summary |= _values(content.update)
+                case "history":
+                    for name, value in _values(content.item).items():
+                        found.history.setdefault(name, []).append(value)
+                case "artifact":
+                    (found.used if content.use_after_commit else found.made).append(content)
+        return found
+
+
+def _values(items: Any) -> dict[str, Any]:
+    """Names to values; a picture or a table is a mapping, of which each entry comes by itself."""
+    found: dict[str, Any] = {}
+    for item in items:
+        *outer, name = item.nested_key or [item.key]
+        place = found
+        for key in outer:
+            place = place.setdefault(key, {})
+        place[name] = json.loads(item.value_json)
+    return found
+
+
+def _wandb_records(content: bytes) -> Iterator[Any]:
+    """The messages in a log like LevelDB's: records in blocks of 32 KiB, those that cross a block's end in parts."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    place, parts = 7, [b""]  # behind the file's own header
+    while place + 7 <= len(content):
+        left = -place % 32768
+        if 0 < left < 7:  # no room for the header of another one
+            place += left
+            continue
+        _, length, part = struct.unpack_from("<IHB", content, place)  # checksum, length, kind of part
+        parts.append(content[place + 7 : place + 7 + length])
+        place += 7 + length
+        if part in (1, 4):  # a whole record, or the last part of one
+            yield Record.FromString(b"".join(parts))
+            parts.clear()

@@ -162,7 +162,7 @@ def prepare_for_training(network: RetinaFace, settings: QuantizationSettings) ->
                 f"quantization: keep_float names {pattern}, which holds no convolution; name the module around it"
             )
         keep_float += matching
-    graph = _export(network)
+    graph = _trace(_ready_to_trace(network))
     _free_convolutions(graph)
     _part_float_convolutions(graph, keep_float)
     quantizer = BackendQuantizer(settings.backend, keep_float, settings.averaging, settings.weight_bits)
@@ -174,7 +174,7 @@ def _has_convolution(module: nn.Module) -> bool:
     return any(isinstance(each, nn.Conv2d) for each in module.modules())
 
 
-def _export(network: RetinaFace) -> GraphModule:
+def _ready_to_trace(network: RetinaFace) -> RetinaFace:
     network = deepcopy(network).train()
     for module in network.modules():
         if isinstance(module, nn.ReLU | nn.LeakyReLU):
@@ -182,6 +182,10 @@ def _export(network: RetinaFace) -> GraphModule:
         elif isinstance(module, nn.BatchNorm2d):
             # Training divides by the batch norm's weight after rounding; a zero would end in NaN.
             module.weight.data[module.weight.abs() < _SMALLEST_GAMMA] = _SMALLEST_GAMMA
+    return network
+
+
+def _trace(network: RetinaFace) -> GraphModule:
     program = torch.export.export(network, (export_example(),), dynamic_shapes=(DYNAMIC_SHAPE,))
     graph = program.module()
     assert isinstance(graph, GraphModule)

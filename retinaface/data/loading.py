@@ -1,6 +1,7 @@
 """From samples to batches: augmented draws for training, whole photos for validation, and loaders for both."""
 
 import os
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypedDict
 
@@ -19,6 +20,7 @@ from retinaface.data.transforms import FACE, IGNORED, TrainTransform, Transforme
 from retinaface.errors import InputError
 
 _MOST_WORKERS = 16
+_DEAD_WORKER = ("DataLoader worker (pid", "Pin memory thread exited unexpectedly")  # how torch says so
 
 
 class TrainItem(TransformedSample):
@@ -245,6 +247,35 @@ def worker_options(num_workers: int) -> dict[str, Any]:
         "pin_memory": torch.cuda.is_available(),
         "worker_init_fn": _start_worker,
     }
+
+
+def find_dead_worker(error: BaseException | None) -> InputError | None:
+    """What to do about a loader process that has died, if that is what is behind an exception.
+
+    torch raises a plain RuntimeError, in the middle of whatever the training process is doing; or the training process
+    finds the connection closed through which it was to get a batch.
+    """
+    while error is not None and not (_says_so(error) or _is_closed_connection(error)):
+        error = error.__cause__ or error.__context__
+    if error is None:
+        return None
+    what = str(error).partition("Details are lost")[0].partition("It is possible")[0].strip().rstrip(".")
+    what = what if _says_so(error) else f"a loader process is gone ({what or type(error).__name__})"
+    return InputError(
+        f"data: {what}. Mostly the system kills one for want of memory, or of shared memory (/dev/shm): lower "
+        "data.init_args.num_workers (0 needs no such processes) or data.init_args.batch_size, or give the job more "
+        "memory. The last checkpoint is whole: start again with --ckpt_path=last (compress.py: the same command)"
+    )
+
+
+def _says_so(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and str(error).startswith(_DEAD_WORKER)
+
+
+def _is_closed_connection(error: BaseException) -> bool:
+    """What a loader process itself raises comes through another function of torch."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return isinstance(error, OSError | EOFError) and any(frame.f_code.co_name == "_try_get_data" for frame in frames)
 
 
 def _start_worker(_: int) -> None:

@@ -163,7 +163,9 @@ def quantized_run(
     folder = tmp_path_factory.mktemp("quantized")
     start = [f"--model.init_args.student={pruned_run.checkpoint}", f"--model.init_args.teacher={tiny_checkpoint}"]
     arguments = stage_arguments("qat", tiny_root, *start, "--model.init_args.distillation.features=1.0")
-    return StageRun(run_stage(arguments, folder), folder, arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_export(patch)
+        return StageRun(run_stage(arguments, folder), folder, arguments)
 
 
 @pytest.fixture(scope="session")
@@ -213,6 +215,42 @@ def check_two_processes(run_stage: Any, run_process: Any) -> Callable[[list[str]
         assert first["ap"] == second["ap"]
         alone = run_stage(["validate", *arguments[1:]], folder, f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}")
         assert float(alone.trainer.callback_metrics["val/ap_all"]) == first["ap"]
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def check_half_the_batch(run_process: Any) -> Callable[[list[str], Path, Path], None]:
+    """Goes on from a checkpoint for one more epoch, in one process and in two with half the batch each.
+
+    Both must learn the same. Batch norms keep their statistics, since those of a batch depend on what is in it.
+    """
+
+    def check(arguments: list[str], checkpoint: Path, folder: Path) -> None:
+        before = torch.load(checkpoint, weights_only=True)["state_dict"]
+        alone, together = (one_more_epoch(arguments, checkpoint, folder / str(count), count) for count in (1, 2))
+        apart = {
+            name: float((together[name] - alone[name]).norm() / (alone[name] - start).norm())
+            for name, start in before.items()
+            if name.endswith(("weight", "bias"))
+        }
+        assert max(apart.values()) < 0.01, apart
+
+    def one_more_epoch(arguments: list[str], checkpoint: Path, folder: Path, processes: int) -> Any:
+        options = {
+            "ckpt_path": checkpoint,
+            "data.init_args.batch_size": 4 // processes,
+            "trainer.max_epochs": EPOCHS + 1,
+            "trainer.limit_val_batches": 0,
+            "trainer.accelerator": "cpu",
+            "trainer.devices": processes,
+            "trainer.strategy": "ddp" if processes > 1 else "auto",
+            "trainer.callbacks+": "stage_process.FreezeStatistics",
+        }
+        result = run_process(arguments, folder, *(f"--{name}={value}" for name, value in options.items()))
+        assert result.returncode == 0, result.stderr
+        content: dict[str, Any] = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+        return content["state_dict"]
 
     return check
 

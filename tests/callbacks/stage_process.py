@@ -40,6 +40,15 @@ class SpoilLandmarks(L.Callback):
             batch["has_landmarks"].fill_(True)
 
 
+class FreezeStatistics(L.Callback):
+    """Batch norms use the statistics that they have, which do not depend on the batch."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        for module in pl_module.network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+
+
 class SaveEveryRank(L.Callback):
     """Saves what each process trains before and after training, and the photos its metric saw."""
 

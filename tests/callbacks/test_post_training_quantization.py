@@ -1,4 +1,7 @@
+import json
+
 import lightning as L
+import onnx
 import pytest
 import torch
 
@@ -34,8 +37,13 @@ def test_nothing_is_trained_and_the_result_is_calibrated(ptq_run, tiny_root, tin
 
 
 def test_the_file_runs_in_int8(ptq_run):
-    share = convolutions_in_int8(ptq_run[1] / "model.onnx")
+    file = ptq_run[1] / "model.onnx"
+    share = convolutions_in_int8(file)
     assert (share.int8, share.total) == (56, 56)
+    model = onnx.load(file)
+    assert sum(initializer.data_type == onnx.TensorProto.INT8 for initializer in model.graph.initializer) > 20
+    (entry,) = model.metadata_props
+    assert json.loads(entry.value)["precision"] == "int8"
 
 
 def test_goes_on_from_its_checkpoint_without_looking_again(ptq_run, tmp_path, run_stage, monkeypatch, without_export):

@@ -1,6 +1,13 @@
+import os
+import re
+import signal
+from itertools import islice
+from multiprocessing import active_children
+
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from retinaface.data.annotations import MEAN_BGR, Sample, load_split
 from retinaface.data.loading import (
@@ -10,6 +17,7 @@ from retinaface.data.loading import (
     collate_train,
     collate_validation,
     default_workers,
+    find_dead_worker,
 )
 from retinaface.data.synthetic import write_synthetic_root
 from retinaface.data.transforms import TrainTransform
@@ -97,3 +105,41 @@ def test_default_number_of_workers(monkeypatch, cpus, processes, per_task, tasks
         if value is not None:
             monkeypatch.setenv(name, value)
     assert default_workers(processes) == expected
+
+
+def test_a_dead_worker_is_told_from_other_errors(dataset):
+    """Whether torch is told of its end first, or the loader finds the connection to it closed."""
+    batches = iter(TrainLoader(dataset, 4, num_workers=1))
+    next(batches)
+    (worker,) = active_children()
+    with pytest.raises((RuntimeError, OSError, EOFError)) as failure:  # noqa: PT012
+        os.kill(worker.pid, signal.SIGKILL)
+        for _ in islice(batches, 10):
+            pass
+        raise AssertionError("the loader went on without its process")
+    try:
+        raise ValueError("in between") from failure.value
+    except ValueError as error:
+        found = find_dead_worker(error)
+    assert re.match(r"data: (DataLoader worker \(pid|a loader process is gone \().*\. Mostly .*num_workers", str(found))
+
+
+class Unreadable(list):
+    def __getitem__(self, index):
+        raise ConnectionResetError("network drive")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_photo_on_a_drive_that_is_gone_is_no_dead_worker(workers):
+    with pytest.raises(ConnectionResetError) as failure:
+        next(iter(DataLoader(Unreadable([1]), num_workers=workers)))
+    assert find_dead_worker(failure.value) is None
+    assert find_dead_worker(RuntimeError("something else")) is None
+    assert find_dead_worker(None) is None
+
+
+def test_what_torch_says_of_workers_gives_way_to_what_helps():
+    bus = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's"
+    assert "killed by signal: Bus error. Mostly" in str(find_dead_worker(RuntimeError(bus)))
+    several = "DataLoader worker (pid(s) 7, 8) exited unexpectedly"
+    assert "(pid(s) 7, 8) exited unexpectedly. Mostly" in str(find_dead_worker(RuntimeError(several)))
