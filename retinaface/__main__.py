@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from inspect import Parameter, signature
@@ -135,32 +136,43 @@ def export(
     input: Literal["normalized", "uint8"] = "normalized",
     size: str | None = None,
     batch: int | None = None,
-    score: float = 0.5,
-    nms: float = 0.4,
+    score: float | None = None,
+    nms: float | None = None,
     photos: Path | None = None,
 ) -> None:
     """Write a checkpoint as ONNX, INT8 if it was trained for it, and check the file against torch.
+
+    A name that ends in .pte gives a file for phones instead: a program for ExecuTorch (pip install executorch), which
+    XNNPACK runs; of one size, 640x640 by default, and one batch, 1 by default, raw or decoded.
 
     Example: python -m retinaface export last.ckpt --out faces.onnx --form end_to_end --input uint8
 
     Args:
         ckpt: Checkpoint (.ckpt) or public weights (.pth).
-        out: The ONNX file to write.
+        out: The file to write, .onnx or .pte.
         form: What it gives: raw outputs, which the other commands take; boxes in pixels, scores and landmarks of every
             anchor; or the faces that are left after score threshold and suppression.
         input: What it takes, BGR in batch, channel, height, width: float32 minus the mean colour, or uint8 pictures.
         size: Height and width in pixels that it takes, such as 480x640; by default any from 33.
         batch: Pictures per call that it takes; by default any number.
-        score: For end_to_end: faces with a lower score are dropped.
-        nms: For end_to_end: of two boxes with a higher overlap (IoU) the lower-scored one is dropped.
+        score: For end_to_end: faces with a lower score are dropped; by default 0.5.
+        nms: For end_to_end: of two boxes with a higher overlap (IoU) the lower-scored one is dropped; by default 0.4.
         photos: Photo, or folder of photos, to check the file on besides noise.
     """
     from retinaface.compression.structure import load_network
     from retinaface.delivery.export import export_onnx
+    from retinaface.delivery.mobile import export_mobile
     from retinaface.delivery.onnx_forms import OnnxSettings
 
-    settings = OnnxSettings(form, input, None if size is None else _height_and_width(size), batch, score, nms)
-    export_onnx(load_network(ckpt)[0], out, settings, [] if photos is None else _photos_in(photos))
+    given = {"score_threshold": score, "nms_threshold": nms}
+    thresholds = {name: value for name, value in given.items() if value is not None}
+    if thresholds and form != "end_to_end":
+        raise InputError(
+            f"--score and --nms: a file of the form {form} has neither; leave them out, or add --form end_to_end"
+        )
+    settings = OnnxSettings(form, input, None if size is None else _height_and_width(size), batch, **thresholds)
+    write = export_mobile if out.suffix == ".pte" else export_onnx
+    write(load_network(ckpt)[0], out, settings, [] if photos is None else _photos_in(photos))
     _console.print(f"written to {out} ({out.stat().st_size / 1e6:.2f} MB)")
 
 
@@ -204,7 +216,8 @@ def benchmark(
 
     Args:
         models: ONNX files, and for torch checkpoints (.ckpt, .pth); the first is what the others are compared with.
-        runtime: What runs them; by default each one that is installed and takes a file of their kind.
+        runtime: What runs them; by default each one that is installed and takes a file of their kind, and where
+            OpenVINO does not run one, that is said.
         size: Sides of the picture in pixels.
         batch: Numbers of photos per call.
         threads: Numbers of threads to compute with; by default one per physical core that this process may use.
@@ -219,30 +232,36 @@ def benchmark(
     from retinaface.evaluation.benchmark_text import (
         benchmark_markdown,
         benchmark_table,
+        describe_failures,
         describe_fastest,
         describe_rounds,
         footprint_table,
     )
     from retinaface.evaluation.footprint import measure_footprints
-    from retinaface.evaluation.raw_call import usable_runtimes
+    from retinaface.evaluation.raw_call import Runtime, usable_runtimes
     from retinaface.evaluation.visualize import plot_benchmark
 
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"--plot: {plot} is no picture that can be written; expected .png, .svg or .pdf")
     runtimes, counts = runtime or usable_runtimes(models), threads or (physical_cores(),)
+    optional: tuple[Runtime, ...] = () if runtime else ("openvino",)
     every = []
     for side, photos, count in product(size, batch, counts):
-        every.append(time_in_turns(models, runtimes, side, count, warmup, rounds, photos))
+        every.append(time_in_turns(models, runtimes, side, count, warmup, rounds, photos, optional))
         _console.print(benchmark_table(every[-1]))
-        for sentence in describe_fastest(every[-1]):
+        for sentence in describe_failures(every[-1]) + describe_fastest(every[-1]):
             _console.print(sentence)
-    footprints = measure_footprints(models, runtimes, max(size), max(batch), max(counts))
-    conditions = f"at {max(batch)}x3x{max(size)}x{max(size)} with {max(counts)} threads, each in a fresh process"
+    ran = [entry for entry in every[0].entries if all(entry in each.entries for each in every)]
+    entries = [(models[index], name) for index, name in ran]
+    footprints = measure_footprints(entries, max(size), max(batch), max(counts))
+    computing = f"{max(counts)} thread{'s' * (max(counts) > 1)}"
+    conditions = f"at {max(batch)}x3x{max(size)}x{max(size)} with {computing}, each in a fresh process"
     _console.print(footprint_table(footprints, f"File size, and peak memory {conditions}"))
     machine = machine_facts()
     figures = {
         "timings": [asdict(timing) for each in every for timing in each.timings()],
         "fastest": [asdict(timing) for each in every for timing in each.fastest()],
+        "failures": [asdict(failure) for each in every for failure in each.failures],
         "footprints": [{**asdict(each), "size": max(size), "batch": max(batch)} for each in footprints],
     }
     _write_json(json, {"machine": machine, **figures})
@@ -669,5 +688,13 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(130)
 
 
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """One line, without the place in the code, which says nothing to who runs a command."""
+    return f"warning: {' '.join(str(message).split())}\n"
+
+
 if __name__ == "__main__":
+    warnings.formatwarning = _format_warning
     main()

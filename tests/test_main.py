@@ -1,5 +1,8 @@
 import json
+import subprocess
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -74,6 +77,14 @@ def test_help_of_every_command_has_an_example_and_explains_every_argument(comman
     assert len(explained) == len(function.__annotations__) - 1
     for line in explained:
         assert " ".join(line.split(": ", 1)[1].split()) in text
+
+
+def test_a_warning_is_one_line_without_the_place_in_the_code():
+    warn = "import atexit, warnings; atexit.register(lambda: warnings.warn('x.onnx: cut\\noff'))"
+    run = "import runpy; runpy.run_module('retinaface', run_name='__main__', alter_sys=True)"
+    command = [sys.executable, "-c", f"{warn}; {run}", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    assert shown.stderr == "warning: x.onnx: cut off\n"
 
 
 # Use
@@ -214,6 +225,12 @@ def test_export_of_no_size(checkpoint_files, size, tmp_path, capsys):
     assert f"--size: expected height x width in pixels, such as 480x640, found {size}" in line
 
 
+@pytest.mark.parametrize(("option", "form"), [("--score=0.3", "raw"), ("--nms=0.3", "decoded")])
+def test_export_with_thresholds_that_nothing_would_look_at(checkpoint_files, option, form, tmp_path, capsys):
+    line = fails(capsys, "export", checkpoint_files["float"], "--out", tmp_path / "x.onnx", option, "--form", form)
+    assert f"a file of the form {form} has neither; leave them out, or add --form end_to_end" in line
+
+
 def test_export_with_a_folder_without_photos(checkpoint_files, tmp_path, capsys):
     line = fails(capsys, "export", checkpoint_files["float"], "--out", tmp_path / "x.onnx", "--photos", tmp_path)
     assert f"--photos: {tmp_path} holds no photos" in line
@@ -228,8 +245,8 @@ def test_evaluate_gives_the_same_for_checkpoint_and_export(checkpoint_files, onn
 
 
 def test_benchmark(onnx_file, checkpoint_files, tmp_path, capsys, monkeypatch):
-    def pretend(models, runtimes, size, batch, threads):  # the real one starts processes, and has a test of its own
-        return [Footprint(str(model), "torch", 1000, size * batch * threads) for model in models]
+    def pretend(entries, size, batch, threads):  # the real one starts processes, and has a test of its own
+        return [Footprint(str(model), runtime, 1000, size * batch * threads) for model, runtime in entries]
 
     monkeypatch.setattr("retinaface.evaluation.footprint.measure_footprints", pretend)
     models = [str(checkpoint_files["float"]), str(onnx_file)]
@@ -248,6 +265,8 @@ def test_benchmark(onnx_file, checkpoint_files, tmp_path, capsys, monkeypatch):
         (64, 2, False),
     ]
     assert [(each["peak_bytes"], each["size"]) for each in facts["footprints"]] == [(128, 64)] * 2
+    assert [(each["model"], each["runtime"]) for each in facts["footprints"]] == pairs
+    assert facts["failures"] == []
     assert facts["machine"]["cores"] >= 1
     text = capsys.readouterr().out
     assert "2x3x64x64, 1 thread" in text

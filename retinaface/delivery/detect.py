@@ -67,7 +67,9 @@ def detect_files(
     The JSON is an object from source, as given, to ``{"boxes": [[x1, y1, x2, y2]], "scores": [], "landmarks": [[[x, y]
     x 5]]}`` in pixels; for a video to ``{"frames_per_second": ..., "frames": [...]}`` with such an object per frame.
     The CSV has a row per face: source, number of the frame from 0 (empty for photos), box, score and landmarks. Copies
-    of videos are MP4 files (MPEG-4, without sound). Each file appears only when it is complete.
+    of videos are MP4 files (MPEG-4, without sound). Each file appears only when it is complete. Copies of an earlier
+    run are replaced; in a folder that holds one of the sources nothing but the JSON and the CSV is, and copies get a
+    number.
 
     Args:
         detector: What finds them.
@@ -106,10 +108,10 @@ def detect_files(
                 unreadable.append(str(error))
                 continue
             if isinstance(opened, Video):
-                in_video = _detect_video(find, opened, copies[source])
+                in_video, stopped = _detect_video(find, opened, copies[source])
                 if in_video.frames:
                     found[str(source)] = in_video
-                if opened.lacks(len(in_video.frames)):
+                if not stopped and opened.lacks(len(in_video.frames)):
                     unreadable.append(f"{source}: ends after {len(in_video.frames)} of {opened.count} frames")
             else:
                 found[str(source)], picture = find(opened)
@@ -127,9 +129,11 @@ def detect_files(
     return found, unreadable
 
 
-def _detect_video(find: Find, video: Video, copy: Path) -> VideoDetections:
+def _detect_video(find: Find, video: Video, copy: Path) -> tuple[VideoDetections, bool]:
+    """What is in a video, and whether Ctrl-C has stopped the camera that it is from."""
     found: list[Detections] = []
     writer = None
+    stopped = False
     with _complete(copy) as part:
         try:
             for frame in with_progress(video, f"detecting in {video.source}"):
@@ -144,10 +148,11 @@ def _detect_video(find: Find, video: Video, copy: Path) -> VideoDetections:
         except KeyboardInterrupt:  # the way to stop a camera
             if not isinstance(video.source, int):
                 raise
+            stopped = True
         finally:
             if writer is not None:
                 writer.release()
-    return VideoDetections(video.fps, found)
+    return VideoDetections(video.fps, found), stopped
 
 
 def _plain(found: Detections | VideoDetections) -> dict[str, Any]:
@@ -188,8 +193,9 @@ def _copies(sources: Sequence[Source], out: Path) -> dict[Source, Path]:
     """Where the annotated copy of each source goes."""
     files = [source for source in sources if isinstance(source, Path)]
     names = Counter(path.name for path in files)
-    # The photos themselves must not be overwritten, where --out is their own folder.
-    taken = {path.name.lower() for path in files if path.resolve().parent == out.resolve()}
+    # What lies beside a source is a person's own: nothing there is overwritten.
+    beside_a_source = any(path.resolve().parent == out.resolve() for path in files)
+    taken = {path.name.lower() for path in out.iterdir()} if beside_a_source else set()
     copies = {}
     for source in sources:
         path = source if isinstance(source, Path) else Path(f"camera_{source}")

@@ -65,6 +65,21 @@ class Timing:
     runtime: Runtime = "onnxruntime"
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A model that a runtime does not run.
+
+    Attributes:
+        model: the file.
+        runtime: what does not run it.
+        reason: what is wrong.
+    """
+
+    model: str
+    runtime: Runtime
+    reason: str
+
+
 @dataclass(frozen=True, eq=False)
 class Rounds:
     """What models in runtimes took, all of them once a round.
@@ -76,6 +91,7 @@ class Rounds:
         size: side of the square input in pixels.
         batch: photos per call.
         threads: threads that each runtime computed with.
+        failures: who would have taken a turn, but does not run.
     """
 
     models: tuple[Path, ...]
@@ -84,6 +100,7 @@ class Rounds:
     size: int
     batch: int
     threads: int
+    failures: tuple[Failure, ...] = ()
 
     def timings(self) -> list[Timing]:
         """Every entry against the first."""
@@ -167,6 +184,7 @@ def time_in_turns(
     warmup: int = 10,
     rounds: int = 100,
     batch: int = 1,
+    optional: Sequence[Runtime] = (),
 ) -> Rounds:
     """Time every model in every runtime that takes its kind of file, on the CPU, all in the same rounds.
 
@@ -182,6 +200,7 @@ def time_in_turns(
         warmup: rounds run before the timing starts.
         rounds: rounds timed.
         batch: photos per call.
+        optional: runtimes that nobody has asked for: what they cannot run is noted as a failure instead of raised.
 
     Returns:
         The times, in the order of models and, for each, of runtimes.
@@ -199,10 +218,17 @@ def time_in_turns(
         if value < least[name]:
             raise InputError(f"benchmark: {name} must be at least {least[name]}, got {value}")
     paths = tuple(map(Path, models))
-    entries = pair_up(paths, runtimes)
-    calls = [prepare(paths[model], runtime, size, batch, threads) for model, runtime in entries]
-    times = interleaved_times(calls, warmup, rounds, f"timing {len(calls)} models")
-    return Rounds(paths, tuple(entries), times, size, batch, threads)
+    calls: dict[tuple[int, Runtime], RawCall] = {}
+    failures = []
+    for model, runtime in pair_up(paths, runtimes):
+        try:
+            calls[model, runtime] = prepare(paths[model], runtime, size, batch, threads)
+        except InputError as error:
+            if runtime not in optional:
+                raise
+            failures.append(Failure(str(paths[model]), runtime, str(error).removeprefix(f"{paths[model]}: ")))
+    times = interleaved_times(list(calls.values()), warmup, rounds, f"timing {len(calls)} models")
+    return Rounds(paths, tuple(calls), times, size, batch, threads, tuple(failures))
 
 
 def pair_up(models: Sequence[Path], runtimes: Sequence[Runtime]) -> list[tuple[int, Runtime]]:

@@ -26,7 +26,7 @@ def benchmark_table(rounds: Rounds) -> Table:
     Returns:
         A table with a row per model and runtime; the ratio is marked where it cannot be told from 1.
     """
-    return _table(f"{describe_rounds(rounds)}, interleaved rounds", _TIMING_HEADINGS, _timing_rows(rounds.timings()))
+    return _table(f"{describe_rounds(rounds)} in turns", _TIMING_HEADINGS, _timing_rows(rounds))
 
 
 def footprint_table(footprints: Sequence[Footprint], title: str) -> Table:
@@ -38,6 +38,14 @@ def describe_rounds(rounds: Rounds) -> str:
     """Says what was run how often, such as ``1x3x640x640, 2 threads, 100 rounds``."""
     threads = f"{rounds.threads} thread{'s' * (rounds.threads > 1)}"
     return f"{rounds.batch}x3x{rounds.size}x{rounds.size}, {threads}, {len(rounds.milliseconds)} rounds"
+
+
+def describe_failures(rounds: Rounds) -> list[str]:
+    """Says of each model that a runtime does not run what is wrong, a sentence each."""
+    names = _short_names(map(str, rounds.models))
+    return [
+        f"{names[each.model]} does not run in {RUNTIME_NAMES[each.runtime]}: {each.reason}." for each in rounds.failures
+    ]
 
 
 def describe_fastest(rounds: Rounds) -> list[str]:
@@ -82,8 +90,9 @@ def benchmark_markdown(
         "both with their 10-90 % range. Faster or slower is what a 95 % interval tells from 1; all else is noise.",
     ]
     for rounds in every:
-        lines += ["", f"## {describe_rounds(rounds)}", "", *_markdown(_TIMING_HEADINGS, _timing_rows(rounds.timings()))]
-        lines += [line for sentence in describe_fastest(rounds) for line in ("", sentence)]
+        lines += ["", f"## {describe_rounds(rounds)}", "", *_markdown(_TIMING_HEADINGS, _timing_rows(rounds))]
+        sentences = describe_failures(rounds) + describe_fastest(rounds)
+        lines += [line for sentence in sentences for line in ("", sentence)]
     lines += ["", "## File size and peak memory", ""]
     lines += [f"Memory: {footprints_of}.", "", *_markdown(_FOOTPRINT_HEADINGS, _footprint_rows(footprints))]
     facts = {name: ", ".join(value) if isinstance(value, list) else value for name, value in machine.items()}
@@ -97,9 +106,9 @@ def _short_names(models: Iterable[str]) -> dict[str, str]:
     return names if len({*names.values()}) == len(names) else {model: model for model in names}
 
 
-def _timing_rows(timings: Sequence[Timing]) -> list[list[str]]:
-    names = _short_names(timing.model for timing in timings)
-    return [
+def _timing_rows(rounds: Rounds) -> list[list[str]]:
+    timings, names = rounds.timings(), _short_names(map(str, rounds.models))
+    timed = [
         [
             names[timing.model],
             timing.runtime,
@@ -111,6 +120,8 @@ def _timing_rows(timings: Sequence[Timing]) -> list[list[str]]:
         ]
         for index, timing in enumerate(timings)
     ]
+    failed = [[names[each.model], each.runtime, *("-",) * 4, "does not run"] for each in rounds.failures]
+    return timed + failed
 
 
 def _footprint_rows(footprints: Sequence[Footprint]) -> list[list[str]]:

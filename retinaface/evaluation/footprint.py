@@ -11,7 +11,6 @@ from pathlib import Path
 
 from retinaface.cpus import physical_cores
 from retinaface.errors import InputError
-from retinaface.evaluation.benchmark import pair_up
 from retinaface.evaluation.raw_call import Runtime, prepare
 from retinaface.progress import with_progress
 
@@ -36,22 +35,21 @@ class Footprint:
 
 
 def measure_footprints(
-    models: Sequence[Path], runtimes: Sequence[Runtime], size: int = 640, batch: int = 1, threads: int | None = None
+    entries: Sequence[tuple[Path, Runtime]], size: int = 640, batch: int = 1, threads: int | None = None
 ) -> list[Footprint]:
-    """Measures every model in every runtime that takes its kind of file, each in a process of its own.
+    """Measures models in runtimes, each in a process of its own.
 
     Shows a progress bar on standard error where that is a terminal. Not for Windows, which does not tell a process
     its peak memory.
 
     Args:
-        models: files, as for :func:`retinaface.evaluation.benchmark.time_in_turns`.
-        runtimes: what runs them.
+        entries: a file, as for :func:`retinaface.evaluation.benchmark.time_in_turns`, and what runs it.
         size: height and width of the input in pixels.
         batch: photos per call.
         threads: threads to compute with; None takes every physical core that this process may use.
 
     Returns:
-        The footprints, in the order of models and, for each, of runtimes.
+        The footprints, in the order given.
 
     Raises:
         InputError: as for :func:`retinaface.evaluation.benchmark.time_in_turns`; or a process has not survived it.
@@ -61,8 +59,7 @@ def measure_footprints(
     # small server does not.
     context = multiprocessing.get_context("forkserver")
     found = []
-    for index, runtime in with_progress(pair_up(models, runtimes), "measuring memory"):
-        model = Path(models[index])
+    for model, runtime in with_progress(entries, "measuring memory"):
         with ProcessPoolExecutor(1, mp_context=context) as process:
             try:
                 peak = process.submit(_peak_bytes, model, runtime, size, batch, threads).result()

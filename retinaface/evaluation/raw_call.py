@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto
 
 from retinaface.delivery.runtime import load_detector
 from retinaface.delivery.session import compile_for_openvino, open_session
@@ -19,7 +17,15 @@ from retinaface.errors import InputError, one_line
 
 Runtime = Literal["onnxruntime", "openvino", "torch"]
 
-_INPUT_TYPES = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16, TensorProto.UINT8: np.uint8}
+# By the names of ONNX Runtime and of OpenVINO.
+_INPUT_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(uint8)": np.uint8,
+    "f32": np.float32,
+    "f16": np.float16,
+    "u8": np.uint8,
+}
 # After a call torch's threads (OpenMP) wait in a busy loop, up to 20 ms as measured by the CPU time of the process.
 _TORCH_REST = 0.02
 
@@ -97,13 +103,25 @@ def _open_in_onnxruntime(model: Path, shape: tuple[int, ...], threads: int) -> R
     # Threads that one session leaves waiting in a busy loop take the cores from the next: three equal models took
     # 28 ms each in turns, but 15 ms alone, and 15 ms in turns with this option.
     session = open_session(model, threads, {"session.force_spinning_stop": "1"})
-    name, photos = _make_input(model, shape)
+    inputs = [_Input(one.name, one.type, [axis or "?" for axis in one.shape]) for one in session.get_inputs()]
+    name, photos = _make_input(model, inputs, shape)
     return RawCall(lambda: session.run(None, {name: photos}))
 
 
 def _open_in_openvino(model: Path, shape: tuple[int, ...], threads: int) -> RawCall:
-    request = compile_for_openvino(model, threads).create_infer_request()  # its threads do not wait in a busy loop
-    name, photos = _make_input(model, shape)
+    compiled = compile_for_openvino(model, threads)
+    inputs = [
+        _Input(
+            one.any_name,
+            one.element_type.get_type_name(),
+            [axis.get_length() if axis.is_static else "?" for axis in one.partial_shape]
+            if one.partial_shape.rank.is_static
+            else [],
+        )
+        for one in compiled.inputs
+    ]
+    name, photos = _make_input(model, inputs, shape)
+    request = compiled.create_infer_request()  # its threads do not wait in a busy loop
     return RawCall(lambda: request.infer({name: photos}))
 
 
@@ -120,25 +138,32 @@ _OPEN: dict[Runtime, Callable[[Path, tuple[int, ...], int], RawCall]] = {
 }
 
 
-def _make_input(model: Path, shape: tuple[int, ...]) -> tuple[str, NDArray[Any]]:
-    """Name and content of a file's input."""
-    graph = onnx.load(model, load_external_data=False).graph
-    inputs = {one.name: one.type.tensor_type for one in graph.input}
-    dimensions = {
-        name: [dimension.dim_value or dimension.dim_param or "?" for dimension in kind.shape.dim]
-        for name, kind in inputs.items()
-    }
-    if any(len(dimensions[name]) != 4 or kind.elem_type not in _INPUT_TYPES for name, kind in inputs.items()) or (
-        len(inputs) != 1
-    ):
-        types = {name: TensorProto.DataType.Name(kind.elem_type).lower() for name, kind in inputs.items()}
-        found = ", ".join(f"{name} {types[name]} {dimensions[name]}" for name in inputs)
+@dataclass(frozen=True)
+class _Input:
+    """What an opened model takes, as its runtime says: to read the file once more would count as its memory.
+
+    Attributes:
+        name: of the input.
+        type: of its numbers, by the runtime's name.
+        shape: an int for each axis that is fixed, text for one that is not.
+    """
+
+    name: str
+    type: str
+    shape: list[int | str]
+
+
+def _make_input(model: Path, inputs: Sequence[_Input], shape: tuple[int, ...]) -> tuple[str, NDArray[Any]]:
+    """Name and content of a model's input."""
+    if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type not in _INPUT_TYPES:
+        found = ", ".join(f"{one.name} {one.type} {one.shape}" for one in inputs)
         raise InputError(f"{model}: expected one image input (batch, 3, height, width), found {found or 'none'}")
-    (name,) = inputs
-    fixed = dimensions[name]
-    if any(isinstance(dim, int) and dim != wanted for dim, wanted in zip(fixed, shape, strict=True)):
-        raise InputError(f"{model}: takes inputs of {fixed} only, not {list(shape)}; choose a matching size and batch")
-    return name, _noise(shape, _INPUT_TYPES[inputs[name].elem_type])
+    (only,) = inputs
+    if any(isinstance(axis, int) and axis != wanted for axis, wanted in zip(only.shape, shape, strict=True)):
+        raise InputError(
+            f"{model}: takes inputs of {only.shape} only, not {list(shape)}; choose a matching size and batch"
+        )
+    return only.name, _noise(shape, _INPUT_TYPES[only.type])
 
 
 def _noise(shape: tuple[int, ...], dtype: type[Any]) -> NDArray[Any]:

@@ -1,7 +1,7 @@
 """The report of a recipe: what was kept and what was gained, measured and written down."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from retinaface.evaluation.evaluate import (
     save_worst_photos,
 )
 from retinaface.evaluation.int8_share import RuntimeName, convolutions_in_int8
-from retinaface.evaluation.raw_call import Runtime, usable_runtimes
+from retinaface.evaluation.raw_call import usable_runtimes
 from retinaface.evaluation.report_html import report_html
 from retinaface.evaluation.report_text import kept_share, report_markdown
 from retinaface.evaluation.reproduction import Reproduction
@@ -43,7 +43,7 @@ def build_report(
     Accuracy is that of the ONNX files in ONNX Runtime on the validation photos. Time is that of the same files, all in
     one runtime, in turns: OpenVINO if the final model was made for it and it is installed, else ONNX Runtime. What a
     user would choose between is there too: the teacher in its fastest runtime, in float, and the final model in its
-    own.
+    own. What OpenVINO does not run is said, with the reason.
 
     Without labelled validation photos there is no accuracy, and each model has an ``agreement`` instead: what its
     average precision would be if the teacher's detections with a score of 0.5 or more were the faces.
@@ -75,9 +75,10 @@ def build_report(
     else:
         samples = labelled_by(next(iter(files.values())), samples)
         evaluations = {name: evaluate_on(file, samples) for name, file in files.items()}
-    rounds = time_in_turns(list(files.values()), usable_runtimes(list(files.values())), size, threads)
+    in_turns = list(files.values())
+    rounds = time_in_turns(in_turns, usable_runtimes(in_turns), size, threads, optional=["openvino"])
     structures = {name: load_structure(checkpoint) for name, checkpoint in checkpoints.items()}
-    runtime = _runtime_of(list(structures.values())[-1], [name for _, name in rounds.entries])
+    runtime = _runtime_of(list(structures.values())[-1], rounds)
     timings = dict(zip(files, rounds.within(runtime), strict=True))
     models = [
         {
@@ -108,8 +109,8 @@ def build_report(
         "fastest": _fastest(rounds),
         "reproduction": reproduction and asdict(reproduction),
     }
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (folder / "report.md").write_text(report_markdown(report), encoding="utf-8")
+    _write(folder / "report.json", json.dumps(report, indent=2) + "\n")
+    _write(folder / "report.md", report_markdown(report))
     plot_report(models, folder / "report.png")
     layers = describe(structures[final["name"]], size).layers
     plot_kept_channels(kept_channels(layers), folder / "kept_channels.png")
@@ -118,8 +119,15 @@ def build_report(
         save_pictures({name: evaluation.accuracy for name, evaluation in evaluations.items()}, photos, folder)
     else:
         save_worst_photos(photos, folder / "worst_photos.png")
-    (folder / "report.html").write_text(report_html(report, evaluations, layers, folder), encoding="utf-8")
+    _write(folder / "report.html", report_html(report, evaluations, layers, folder))
     return report
+
+
+def _write(path: Path, text: str) -> None:
+    """Replaces a file in one step: whoever is interrupted, or reads meanwhile, has the old one or the new one."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def _accuracy(evaluation: Evaluation) -> dict[str, Any]:
@@ -136,17 +144,22 @@ def _agreement(evaluation: Evaluation) -> dict[str, Any]:
     return {**unknown, "agreement": evaluation.accuracy.ap["all"]}
 
 
-def _runtime_of(final: Structure, timed: Sequence[Runtime]) -> RuntimeName:
-    """The runtime to report: the one that the final model was made for, if it was timed in it."""
+def _runtime_of(final: Structure, rounds: Rounds) -> RuntimeName:
+    """The runtime to report: the one that the final model was made for, if every model was timed in it."""
     made_for = final.quantization and final.quantization.backend
-    return "openvino" if made_for == "openvino" and "openvino" in timed else "onnxruntime"
+    in_openvino = len(rounds.within("openvino")) == len(rounds.models)
+    return "openvino" if made_for == "openvino" and in_openvino else "onnxruntime"
 
 
 def _fastest(rounds: Rounds) -> dict[str, Any]:
     """The teacher and the final model, each in its fastest runtime; the latter's ratio is to the former."""
     fastest = rounds.fastest()
-    runtimes = list(dict.fromkeys(runtime for _, runtime in rounds.entries))
-    return {"runtimes": runtimes, "teacher": asdict(fastest[0]), "final": asdict(fastest[-1])}
+    return {
+        "runtimes": list(dict.fromkeys(runtime for _, runtime in rounds.entries)),
+        "teacher": asdict(fastest[0]),
+        "final": asdict(fastest[-1]),
+        "failures": [{**asdict(each), "model": Path(each.model).stem} for each in rounds.failures],
+    }
 
 
 def _costs(structure: Structure, file: Path, timing: Timing, size: int, runtime: RuntimeName) -> dict[str, Any]:

@@ -148,7 +148,8 @@ def _how_fast_at_best(report: Mapping[str, Any]) -> str:
     """Compares the teacher in its fastest float runtime with the final model in its fastest: what a user chooses."""
     fastest, models = report["fastest"], report["models"]
     if len(fastest["runtimes"]) == 1:
-        return "OpenVINO is not installed, so it is not known whether the teacher in float is faster there."
+        why = "runs none of these files" if fastest["failures"] else "is not installed"
+        return f"OpenVINO {why}, so it is not known whether the teacher in float is faster there."
     teacher, final = fastest["teacher"], fastest["final"]
     ratio = f"**{final['ratio']:.2f}x** as fast as"
     if not final["differs"]:
@@ -204,6 +205,7 @@ def methods(report: Mapping[str, Any]) -> dict[str, str]:
         "Parameters and GMACs": f"of the float network of the same shape; MACs at {timing['size']}x{timing['size']}.",
         "Fastest runtime": f"of {' and '.join(runtimes)}, which took turns in the same rounds, each with its own "
         "defaults; the teacher is the same float file in each. OpenVINO computes float in bfloat16 where the CPU can.",
+        **_what_does_not_run(report["fastest"]["failures"]),
         "INT8 convs": f"how many of the convolutions {runtime} executes in INT8 on this machine: counted in its "
         "graph after all optimizations, not in the file. `report.json` names the others (`float_convolutions`).",
         **_foreign_backends(report),
@@ -254,6 +256,13 @@ def _how_faces_were_judged(data: Mapping[str, Any]) -> dict[str, str]:
         f"WIDER FACE protocol would be if the teacher were always right; {how}. It says how alike two models are, not "
         "how well either finds faces: labelled photos in `WIDER_val/images` would tell. As in the protocol, what is "
         "found on photos without a face (of the teacher) does not count."
+    }
+
+
+def _what_does_not_run(failures: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """A line for each model that a runtime does not run."""
+    return {
+        f"{each['model']} in {RUNTIME_NAMES[each['runtime']]}": f"not timed: {each['reason']}." for each in failures
     }
 
 

@@ -121,6 +121,16 @@ def test_the_photos_themselves_are_left_alone_in_their_own_folder(detector, tmp_
     }
 
 
+def test_nothing_that_lies_beside_a_source_is_overwritten(detector, tmp_path):
+    photo, video = write_photo(tmp_path / "A.png"), write_video(tmp_path / "film.avi")
+    others = [tmp_path / "film.mp4", tmp_path / "a_2.png"]
+    for other in others:
+        other.write_text("of somebody")
+    detect_files(detector, [photo, video], tmp_path, draw, frames=1)
+    assert [other.read_text() for other in others] == ["of somebody"] * 2
+    assert {"film_2.mp4", "A_3.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
 def test_csv_has_a_row_per_face(detector, tmp_path):
     photos = [write_photo(tmp_path / "a, b.png", 1), write_photo(tmp_path / "c.png", 2)]
     found, _ = detect_files(detector, photos, tmp_path / "out", draw, score_threshold=0.3)
@@ -254,11 +264,12 @@ class FakeCamera:
     [
         (repeat(frames_of(2)[1]), 5, 5, []),
         ([*frames_of(3), KeyboardInterrupt], None, 3, []),
+        ([*frames_of(3), KeyboardInterrupt], 5, 3, []),
         ([*frames_of(3), None], None, 3, []),
         ([*frames_of(3), None], 4, 3, ["1: ends after 3 of 4 frames"]),
         ([None], 2, 0, ["1: ends after 0 of 2 frames"]),
     ],
-    ids=["limit", "interrupted", "unplugged", "unplugged too early", "nothing"],
+    ids=["limit", "interrupted", "interrupted before the limit", "unplugged", "unplugged too early", "nothing"],
 )
 def test_camera(detector, tmp_path, monkeypatch, given, limit, count, messages):
     camera = FakeCamera(given)

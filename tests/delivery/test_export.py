@@ -3,6 +3,7 @@ import tomllib
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import cv2
@@ -277,10 +278,9 @@ def test_photos_are_looked_at_too(network, quick_export, tmp_path, monkeypatch):
     photo = tmp_path / "photo.png"
     cv2.imwrite(str(photo), np.zeros((40, 90, 3), np.uint8))
     seen = []
-    compare = under_test._compare_raw
-    monkeypatch.setattr(under_test, "_compare_raw", lambda *given: seen.append(given[2]) or compare(*given))
+    monkeypatch.setattr(under_test, "normalize", lambda pictures: seen.append(normalize(pictures)) or seen[-1])
     export_onnx(network, tmp_path / "x.onnx", photos=[photo])
-    assert [tuple(images.shape) for images in seen] == [(1, 3, 64, 96), (2, 3, 160, 120), (1, 3, 64, 90)]
+    assert [tuple(images.shape) for images in seen] == [(1, 3, 64, 96)] * 4 + [(2, 3, 160, 120)] * 4 + [(1, 3, 64, 90)]
     assert seen[-1][0, :, 0, 0].tolist() == [-104, -117, -123]
     photo.write_text("no picture")
     with pytest.raises(InputError, match=r"photo.png: truncated or not a picture"):
@@ -290,13 +290,19 @@ def test_photos_are_looked_at_too(network, quick_export, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("precision", "differences", "right"),
-    [("int8", [0, 1.4], True), ("int8", [1.4, 0], False), ("int8", [0.5, 1.4], False), ("float", [0, 1.4], False)],
+    [
+        ("int8", [0, 1.4], True),
+        ("int8", [1.4, 0], True),
+        ("int8", [0.5, 1.4], False),
+        ("int8", [2.1, *[0] * 7], False),
+        ("float", [1.4, 0], False),
+    ],
 )
-def test_int8_is_judged_by_the_mean_over_the_pictures_so_far(
+def test_int8_is_judged_by_the_mean_over_the_pictures_and_a_little_by_each(
     network, compressed, onnx_files, monkeypatch, precision, differences, right
 ):
-    given = iter(torch.tensor([[difference] * 3, [0.75] * 3]) for difference in differences)
-    monkeypatch.setattr(under_test, "_compare_raw", lambda *_: next(given))
+    given = cycle(torch.tensor([[difference] * 3, [0.75] * 3]) for difference in differences)
+    monkeypatch.setattr(under_test, "compare_outputs", lambda *_: next(given))
     checked = compressed.int8 if precision == "int8" else network
     form = OnnxForm(network, network.config, OnnxSettings())
     outcome = nullcontext() if right else pytest.raises(RuntimeError, match=r"class_logits .* differs from torch")

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from retinaface.cpus import physical_cores
 from retinaface.errors import InputError
 from retinaface.evaluation import benchmark as module
-from retinaface.evaluation.benchmark import Rounds, benchmark, machine_facts, pair_up, time_in_turns
+from retinaface.evaluation.benchmark import Failure, Rounds, benchmark, machine_facts, pair_up, time_in_turns
 from retinaface.evaluation.raw_call import RawCall
 
 
@@ -144,6 +144,23 @@ def test_all_models_and_runtimes_take_turns_in_the_same_rounds(monkeypatch):
     assert rounds.milliseconds.shape == (5, 4)
     assert [timing.runtime for timing in rounds.timings()] == ["openvino", "onnxruntime"] * 2
     assert (rounds.size, rounds.batch, rounds.threads) == (96, 2, 3)
+
+
+def test_what_a_runtime_that_nobody_asked_for_does_not_run_is_noted(monkeypatch):
+    def pretend(model, runtime, *_):
+        if (model.name, runtime) == ("b.onnx", "openvino"):
+            raise InputError(f"{model}: OpenVINO cannot load it (too odd)")
+        return RawCall(lambda: None)
+
+    monkeypatch.setattr(module, "prepare", pretend)
+    models, runtimes = [Path("x/a.onnx"), Path("x/b.onnx")], ["onnxruntime", "openvino"]
+    rounds = time_in_turns(models, runtimes, 64, 1, 0, 3, optional=["openvino"])
+    assert rounds.entries == ((0, "onnxruntime"), (0, "openvino"), (1, "onnxruntime"))
+    assert rounds.failures == (Failure("x/b.onnx", "openvino", "OpenVINO cannot load it (too odd)"),)
+    assert rounds.milliseconds.shape == (3, 3)
+    assert len(rounds.within("openvino")) == 1
+    with pytest.raises(InputError, match=r"b\.onnx: OpenVINO cannot load it"):
+        time_in_turns(models, runtimes, 64, 1, 0, 3)
 
 
 def test_bad_models_are_refused(tmp_path):

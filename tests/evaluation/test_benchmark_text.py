@@ -1,14 +1,16 @@
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from retinaface.evaluation.benchmark import Rounds
+from retinaface.evaluation.benchmark import Failure, Rounds
 from retinaface.evaluation.benchmark_text import (
     benchmark_markdown,
     benchmark_table,
+    describe_failures,
     describe_fastest,
     describe_rounds,
     footprint_table,
@@ -65,6 +67,16 @@ def test_the_choice_of_a_user_needs_several_runtimes():
     assert ": 1.3" in sentence
     assert sentence.endswith("faster.")
     assert describe_fastest(make_rounds(("onnxruntime", "openvino"), (13, 8, 8, 9)))[0].endswith("within noise.")
+
+
+def test_what_does_not_run_has_a_row_and_a_reason():
+    failure = Failure(str(MODELS[1]), "openvino", "OpenVINO cannot load it (too odd)")
+    rounds = replace(make_rounds(), failures=(failure,))
+    assert describe_failures(rounds) == ["int8.onnx does not run in OpenVINO: OpenVINO cannot load it (too odd)."]
+    text = benchmark_markdown([rounds], [], "anyhow", {})
+    assert "| int8.onnx | openvino | - | - | - | - | does not run |" in text
+    assert "OpenVINO cannot load it (too odd)." in text
+    assert "does not run" in printed(benchmark_table(rounds))
 
 
 def test_markdown_has_every_combination_sizes_memory_and_machine():

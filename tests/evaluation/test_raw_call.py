@@ -36,6 +36,23 @@ def test_runtimes_give_the_same_raw_outputs(onnx_file):
         assert abs(mine - other).max() < 0.05 * abs(mine).max()  # OpenVINO may compute in bfloat16
 
 
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_inputs_are_those_that_the_runtime_names(onnx_file, tmp_path, runtime, monkeypatch):
+    pytest.importorskip(runtime)
+    fixed = onnx.load(onnx_file)
+    for axis, length in zip(fixed.graph.input[0].type.tensor_type.shape.dim, (1, 3, 32, 64), strict=True):
+        axis.dim_value = length
+    onnx.save(fixed, tmp_path / "fixed.onnx")
+    whole = '<ir_version: 10, opset_import: ["": 17]> g (int64[b,3,h,w] photo) => (int64[b,3,h,w] x) {x = Abs(photo)}'
+    onnx.save(onnx.parser.parse_model(whole), tmp_path / "whole.onnx")
+    monkeypatch.setattr(onnx, "load", None)  # the file once more in memory would count as the model's
+    assert prepare(onnx_file, runtime, 64, 2, 1).run()[0].shape == (2, 3, 64, 64)
+    with pytest.raises(InputError, match=r"fixed.onnx: takes inputs of \[1, 3, 32, 64\] only, not \[1, 3, 64, 64\]"):
+        prepare(tmp_path / "fixed.onnx", runtime, 64, 1, 1)
+    with pytest.raises(InputError, match=r"expected one image input \(batch, 3, height, width\), found photo .*64"):
+        prepare(tmp_path / "whole.onnx", runtime, 64, 1, 1)
+
+
 def test_a_checkpoint_runs_in_torch_which_is_left_time_to_come_to_rest(tiny_checkpoint):
     threads = torch.get_num_threads()
     try:

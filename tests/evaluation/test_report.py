@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -6,6 +7,8 @@ from rich.console import Console
 
 from retinaface.data.annotations import load_unlabelled
 from retinaface.delivery.export import export_onnx
+from retinaface.errors import InputError
+from retinaface.evaluation import benchmark as benchmark_module
 from retinaface.evaluation import report as module
 from retinaface.evaluation.evaluate import Accuracy, Evaluation, Photo
 from retinaface.evaluation.report import build_report
@@ -151,6 +154,32 @@ def test_a_real_report_of_one_model(files, tiny_checkpoint, tiny_root):
     assert report["data"]["photos"] == 5
     assert 0 <= report["models"][0]["ap"]["all"] <= 1
     assert report["models"][0]["ap"]["easy"] is None
+
+
+def test_what_openvino_does_not_run_is_told_and_the_rest_is_reported(build, monkeypatch):
+    prepare = benchmark_module.prepare
+
+    def fail_on_int8(model, runtime, *shape):
+        if (model.stem, runtime) == ("int8", "openvino"):
+            raise InputError(f"{model}: OpenVINO cannot load it (too odd)")
+        return prepare(model, "onnxruntime", *shape)
+
+    monkeypatch.setattr(benchmark_module, "prepare", fail_on_int8)
+    monkeypatch.setattr(module, "usable_runtimes", lambda models: ["onnxruntime", "openvino"])
+    structure = module.load_structure
+
+    def made_for_openvino(path):
+        found = structure(path)
+        found.quantization = SimpleNamespace(backend="openvino", keep_float=())
+        return found
+
+    monkeypatch.setattr(module, "load_structure", made_for_openvino)
+    report = build(0.8, 0.76, 0.78)
+    failure = {"model": "int8", "runtime": "openvino", "reason": "OpenVINO cannot load it (too odd)"}
+    assert report["fastest"]["failures"] == [failure]
+    assert report["fastest"]["final"]["runtime"] == "onnxruntime"
+    assert report["benchmark"]["runtime"] == "onnxruntime"  # where every model runs, though this one is for OpenVINO
+    assert "- **int8 in OpenVINO:** not timed: OpenVINO cannot load it (too odd)." in report_markdown(report)
 
 
 def test_a_model_for_another_runtime_is_told(build):

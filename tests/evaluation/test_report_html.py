@@ -73,6 +73,7 @@ def make_report(compared=False, **changes):
             "runtimes": ["onnxruntime", "openvino"],
             "teacher": {"runtime": "openvino", "median_ms": 8.6},
             "final": {"runtime": "onnxruntime", "median_ms": 7.0, "ratio": 1.23, "differs": True},
+            "failures": [],
         },
         "reproduction": {
             "command": "python compress.py configs/recipes/demo.yaml",
@@ -334,5 +335,11 @@ def test_the_fastest_runtimes_are_compared_too(run_folder, tiny_root, quick_plot
     noise = {**fastest, "final": {**fastest["final"], "ratio": 1.01, "differs": False}}
     assert "is not measurably faster or slower (1.01x) than teacher" in text(fastest=noise)
     assert "OpenVINO is not installed" in text(fastest={**fastest, "runtimes": ["onnxruntime"]})
+    failures = [{"model": "int8", "runtime": "openvino", "reason": "OpenVINO cannot load it (too odd)"}]
+    assert "int8 in OpenVINO not timed: OpenVINO cannot load it (too odd)." in text(
+        fastest={**fastest, "failures": failures}
+    )
+    none_run = {**fastest, "runtimes": ["onnxruntime"], "failures": failures}
+    assert "OpenVINO runs none of these files, so it is not known" in text(fastest=none_run)
     measured = {**make_report()["benchmark"], "runtime": "openvino"}
     assert "made for onnxruntime; what OpenVINO makes of it" in text(benchmark=measured)

@@ -1,0 +1,154 @@
+"""Writes files for phones: programs for ExecuTorch, which XNNPACK runs on the CPU."""
+
+import importlib
+import importlib.util
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from retinaface.compression.quantization import FakeQuantizedRetinaFace, convert
+from retinaface.compression.structure import Network
+from retinaface.delivery.export import (
+    METADATA_KEY,
+    check_pictures,
+    compare_outputs,
+    file_facts,
+    require_within,
+    without_rounding,
+)
+from retinaface.delivery.onnx_forms import OnnxForm, OnnxSettings
+from retinaface.errors import InputError
+from retinaface.model.network import normalize
+
+USUAL_SIZE = (640, 640)
+"""Height and width in pixels that a file takes where nothing else is said."""
+
+_ZERO_OF_INT8 = 128  # what 0 of int8 is in uint8
+
+
+class MobileForm(OnnxForm):
+    """As the base class, with the outputs of the last step alone."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Maps ``(B, 3, H, W)``, float32 or uint8 by the settings, to the outputs that the settings name."""
+        return super().forward(images)[-len(self.settings.output_names) :]
+
+
+def export_mobile(
+    network: Network, path: Path, settings: OnnxSettings | None = None, photos: Sequence[Path] = ()
+) -> None:
+    """Writes a network as a program for ExecuTorch, and checks the file.
+
+    Input and outputs are those of :func:`retinaface.delivery.export.export_onnx`, ``raw`` or ``decoded``, for one batch
+    and one size: 1 and 640x640 where the settings name none. Whatever XNNPACK can run is left to it, the rest to
+    ExecuTorch's own portable kernels. A fake-quantized network is written in INT8, with the same numbers as in ONNX.
+
+    The program has a method ``retinaface_slim`` without arguments that gives a text: the JSON object of that name in
+    the metadata of an ONNX file, without what only ONNX has or is not known here.
+
+    The file is right when the runtime gives what torch gives: a float network to a thousandth of the spread of its
+    outputs; one in INT8 within the rounding's own cost, as for ONNX.
+
+    Args:
+        network: Float or fake-quantized; left as it was.
+        path: File to write; appears only when complete and checked.
+        settings: Form, input, size and batch.
+        photos: Photos to compare on, besides noise; resized to the file's size.
+
+    Raises:
+        InputError: ExecuTorch is not installed, the form is ``end_to_end``, for which it has no operation, the folder
+            cannot be written to, or a photo cannot be read.
+        RuntimeError: The runtime's outputs differ from torch's; a fault of this project.
+    """
+    settings = settings or OnnxSettings()
+    if settings.form == "end_to_end":
+        raise InputError(f"{path}: ExecuTorch has no suppression of boxes; choose the form raw or decoded")
+    if importlib.util.find_spec("executorch") is None:
+        raise InputError(f"{path}: ExecuTorch is not installed; run `pip install executorch`, or export to .onnx")
+    settings = replace(settings, size=settings.size or USUAL_SIZE, batch=settings.batch or 1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            form = MobileForm(_to_run(network), network.config, settings)
+            unchecked = Path(folder) / path.name
+            unchecked.write_bytes(_to_program(form, json.dumps(file_facts(network, settings))))
+            _check_outputs(form, network, unchecked, photos)
+            unchecked.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); choose another file") from error
+
+
+def _to_run(network: Network) -> nn.Module:
+    """A float network itself, or the INT8 graph that a fake-quantized one becomes."""
+    if isinstance(network, FakeQuantizedRetinaFace):
+        return _with_int8_activations(convert(network))
+    return deepcopy(network).cpu().eval()
+
+
+def _with_int8_activations(graph: GraphModule) -> GraphModule:
+    """Rounds activations to the same numbers, stored from -128 to 127: XNNPACK has no kernels for uint8."""
+    for node in graph.graph.nodes:
+        if "quantize_per_tensor" in str(node.target) and node.args[-1] is torch.uint8:
+            values, scale, *limits, _ = node.args
+            node.args = (values, scale, *(limit - _ZERO_OF_INT8 for limit in limits), torch.int8)
+    graph.recompile()
+    return graph
+
+
+def _to_program(form: MobileForm, facts: str) -> bytes:
+    exir = importlib.import_module("executorch.exir")
+    xnnpack = importlib.import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
+    assert form.settings.size is not None
+    dtype = torch.uint8 if form.settings.input == "uint8" else torch.float32
+    example = torch.zeros(form.settings.batch or 1, 3, *form.settings.size, dtype=dtype)
+    with _quiet():
+        program = exir.to_edge_transform_and_lower(
+            torch.export.export(form, (example,)),
+            partitioner=[xnnpack.XnnpackPartitioner()],
+            constant_methods={METADATA_KEY: facts},
+        ).to_executorch()
+    content: bytes = program.buffer
+    return content
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's notes on its own doings; what counts is checked afterwards."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _check_outputs(form: MobileForm, network: Network, path: Path, photos: Sequence[Path]) -> None:
+    run = _open(path)
+    quantized = deepcopy(network).cpu().eval() if isinstance(network, FakeQuantizedRetinaFace) else None
+    compared: list[Tensor] = []
+    for pictures in check_pictures(form.settings, photos):
+        images = pictures if form.settings.input == "uint8" else normalize(pictures)
+        with torch.no_grad():
+            exact = None
+            if quantized is not None:
+                exact = without_rounding(MobileForm(quantized, form.config, form.settings), quantized, images)
+            compared.append(compare_outputs(form(images), exact, run.execute([images])))
+    require_within(compared, quantized is not None, form.settings.output_names, f"{path.name}: {{}} of ExecuTorch")
+
+
+def _open(path: Path) -> Any:  # noqa: ANN401 (``executorch.runtime.Method``)
+    runtime = importlib.import_module("executorch.runtime")
+    return runtime.Runtime.get().load_program(path).load_method("forward")
