@@ -28,7 +28,17 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from retinaface.errors import InputError, one_line
-from retinaface.slurm import SAVED, Cluster, as_step, cancel_jobs, cluster_parser, read_cluster, submit_job
+from retinaface.slurm import (
+    SAVED,
+    Cluster,
+    as_step,
+    cancel_jobs,
+    cluster_parser,
+    is_preempted,
+    read_cluster,
+    requeue_job,
+    submit_job,
+)
 
 PROJECT = Path(__file__).resolve().parent
 CONFIGS = PROJECT / "configs"
@@ -107,6 +117,7 @@ class Run:
         text: The recipe's file.
         words: The arguments in ``command``.
         cluster: Where the stages run.
+        group: What W&B and a cluster know the run by, also when it goes on; empty until ``run.json`` is there.
     """
 
     name: str
@@ -119,6 +130,7 @@ class Run:
     text: str
     words: list[str] = field(default_factory=list)
     cluster: Cluster = field(default_factory=Cluster)
+    group: str = ""
 
     def checkpoint(self, stage: str) -> Path:
         """Where a stage leaves its result."""
@@ -250,11 +262,13 @@ def _run_stage(run: Run, stage: Stage, title: str) -> None:
     command = [sys.executable, str(PROJECT / "train.py"), *run.arguments(stage)]
     if run.cluster.srun:
         overlay = ["--config", str(CONFIGS / "slurm" / "slurm.yaml")]
-        command = as_step([*command, *overlay], name=f"{run.out.name}-{stage.name}")
+        command = as_step([*command, *overlay])
     try:
         _run([*command, *(["--ckpt_path=last"] if resumes else [])])
     except subprocess.CalledProcessError as error:
-        if run.cluster.srun and error.returncode != SAVED:
+        if run.cluster.srun and is_preempted():  # before there was a step to save after, or when there was none left
+            requeue_job()
+        elif run.cluster.srun and error.returncode != SAVED:
             _console.print(
                 f"{title}: failed with status {error.returncode}; jobs that wait for it are cancelled. Submitted "
                 "again, the recipe goes on here"
@@ -279,7 +293,9 @@ def submit_recipe(run: Run) -> None:
         if name != REPORT and run.exported(name).is_file():
             _console.print(f"{name}: done before")
             continue
-        options = [f"--job-name={run.out.name}-{name}", f"--output={logs / name}-%j.log", *run.cluster.options()]
+        # Only jobs of one name wait for each other, so no other run may have it. In a file's name % is sbatch's own.
+        names = [f"--job-name={run.group}-{name}", f"--output={str(logs / name).replace('%', '%%')}-%j.log"]
+        options = [*names, *run.cluster.options()]
         if name == REPORT:
             options += ["--nodes=1", "--ntasks-per-node=1"]
         try:
@@ -291,7 +307,7 @@ def submit_recipe(run: Run) -> None:
             raise
         _console.print(f"{name}: job {jobs[-1]}{f', after {before}' if before else ''}")
     _console.print(f"their state: squeue --jobs={','.join(jobs)}")
-    _console.print(f"their logs:  tail -F {logs}/*.log")
+    _console.print(f"their logs:  tail -F {shlex.quote(str(logs))}/*.log")
     _console.print(f"to stop:     scancel {' '.join(jobs)}")
 
 
@@ -368,12 +384,19 @@ def _options(arguments: Sequence[str]) -> list[tuple[str, str]]:
     return [(option, value) for option, value in pairwise(words) if option.startswith("--")]
 
 
+def _read_yaml(path: Path) -> Any:  # noqa: ANN401
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a YAML file that can be read ({' '.join(str(error).split())})") from error
+
+
 def _setting(arguments: Sequence[str], keys: Sequence[str], options: Sequence[str], default: Any = None) -> Any:  # noqa: ANN401
     """A setting of a stage; as in ``train.py`` the last configuration file or option that has it counts."""
     setting = default
     for option, value in _options(arguments):
         if option == "--config":
-            content: Any = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            content: Any = _read_yaml(Path(value))
             for key in keys:
                 content = content.get(key) if isinstance(content, dict) else None
             setting = setting if content is None else content
@@ -401,7 +424,7 @@ def _remember(run: Run) -> None:
     }
     try:
         there = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else facts
-        facts["group"] = there.get("group") or _new_group(run)
+        facts["group"] = run.group = there.get("group") or _new_group(run)
         # A stage that never got as far as a checkpoint, for a mistyped option perhaps, may be started differently.
         begun = {name: words for name, words in there["stages"].items() if run.begun(name)}
         same = not begun or there["recipe"] == run.name
@@ -445,43 +468,52 @@ def _report(run: Run) -> None:
     if report["models"][-1].get("agreement") is not None:
         agreement = report["models"][-1]["agreement"]
         _console.print(f"agreement with the teacher: {agreement:.1%}, speed-up: {report['speedup']:.2f}x")
-    place = _wandb_place(run)
-    if place is not None:
-        from retinaface.evaluation.dashboard import send_report
-
-        _name_for_wandb(run, REPORT)
-        send_report(run.out, report, checkpoints, *place)
     _console.print(f"report: {run.out / 'report.html'}")
     _console.print(f"the same as Markdown: {run.out / 'report.md'}")
+    _send_to_wandb(run, report, checkpoints)
+
+
+def _send_to_wandb(run: Run, report: Mapping[str, Any], checkpoints: Mapping[str, Path]) -> None:
+    """Sends the report to where the last stage's W&B logger sent it, if it has one; a refusal is only said."""
+    try:
+        place = _wandb_place(run)
+        if place is not None:
+            from retinaface.evaluation.dashboard import send_report
+
+            _name_for_wandb(run, REPORT)
+            send_report(run.out, report, checkpoints, *place)
+    except InputError as error:
+        _console.print(f"the report was not sent: {one_line(error)}; the same command tries again")
 
 
 def _new_group(run: Run) -> str:
-    """What W&B knows this run by, also when it goes on; no other run in a project has that name."""
+    """A name that no other run has."""
     return f"{re.sub('[^a-zA-Z0-9_.-]', '-', run.out.name)[:40]}-{uuid4().hex[:6]}"
 
 
 def _name_for_wandb(run: Run, stage: str) -> None:
     """Tells W&B, where that is a logger, which run a stage begins or goes on with: its environment variables do."""
-    group = json.loads((run.out / "run.json").read_text(encoding="utf-8"))["group"]
-    for name, value in (("WANDB_DIR", str(run.out)), ("WANDB_RUN_GROUP", group)):
+    for name, value in (("WANDB_DIR", str(run.out)), ("WANDB_RUN_GROUP", run.group)):
         os.environ.setdefault(name, value)
-    os.environ |= {"WANDB_JOB_TYPE": stage, "WANDB_NAME": stage, "WANDB_RUN_ID": f"{group}-{stage}"}
-    if _wandb_place(run) is not None:
+    os.environ |= {"WANDB_JOB_TYPE": stage, "WANDB_NAME": stage, "WANDB_RUN_ID": f"{run.group}-{stage}"}
+    loggers = _setting(run.arguments(run.recipe.stages[-1]), ("trainer", "logger"), ("--trainer.logger",))
+    if "WandbLogger" in str(loggers):
         from retinaface.evaluation.dashboard import run_mode
 
         os.environ |= {"WANDB_MODE": mode} if (mode := run_mode()) else {}  # said here, and not in every stage
 
 
 def _wandb_place(run: Run) -> tuple[str, str | None] | None:
-    """Project and entity of the last stage's W&B logger; None if it has none."""
-    arguments = run.arguments(run.recipe.stages[-1])
-    chosen = _setting(arguments, ("trainer", "logger"), ("--trainer.logger",))
-    options = dict(_options(arguments))
-    for logger in chosen if isinstance(chosen, list) else [chosen]:
-        if isinstance(logger, dict) and str(logger.get("class_path")).endswith("WandbLogger"):
-            given = logger.get("init_args") or {}
-            wanted = {name: options.get(f"--trainer.logger.init_args.{name}", given.get(name)) for name in given}
-            return str(wanted["project"]), wanted.get("entity")
+    """Project and entity of the last stage's W&B logger, as Lightning saved its settings; None if it has none."""
+    folder = run.out / run.recipe.stages[-1].name
+    # In W&B's folder where that is the only logger; W&B itself has files of that name too.
+    files = [*folder.rglob("config.yaml"), *Path(os.environ.get("WANDB_DIR", run.out)).glob("config.yaml")]
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+        trainer = _read_yaml(file).get("trainer", {})
+        loggers = trainer.get("logger") if trainer.get("default_root_dir") == str(folder) else None
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            if isinstance(logger, dict) and logger["class_path"].endswith("WandbLogger"):
+                return logger["init_args"]["project"], logger["init_args"].get("entity")
     return None
 
 

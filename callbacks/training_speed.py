@@ -11,8 +11,8 @@ from typing_extensions import override
 class TrainingSpeed(L.Callback):
     """Logs ``train/images_per_second`` of all processes, and on a GPU ``train/gpu_memory_gib`` of the first one.
 
-    The speed is the mean since the epoch began, or a validation within it ended; waiting for photos counts. The memory
-    is the most that torch has had allocated so far.
+    The speed is the mean since the epoch began, the fit went on within it, or a validation within it ended; waiting for
+    photos counts. The memory is the most that torch has had allocated so far.
 
     Lightning's ``ThroughputMonitor`` waits for the GPU in every step, and has no figure for the first hundred.
     """
@@ -22,12 +22,16 @@ class TrainingSpeed(L.Callback):
         self._start = 0.0
 
     @override
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._images, self._start = 0, time.perf_counter()
 
     @override
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.on_train_start(trainer, pl_module)
+
+    @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.on_train_epoch_start(trainer, pl_module)
+        self.on_train_start(trainer, pl_module)
 
     @override
     def on_train_batch_end(
@@ -38,4 +42,6 @@ class TrainingSpeed(L.Callback):
         figures = {"train/images_per_second": trainer.world_size * self._images / seconds}
         if pl_module.device.type == "cuda":
             figures["train/gpu_memory_gib"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**30
-        pl_module.log_dict(figures, batch_size=len(batch["images"]))
+        # As tensors on the CPU: Lightning would copy numbers to the GPU, and wait for it.
+        tensors = {name: torch.tensor(value, device="cpu") for name, value in figures.items()}
+        pl_module.log_dict(tensors, batch_size=len(batch["images"]))

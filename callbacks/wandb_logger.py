@@ -33,14 +33,17 @@ class WandbLogger(LightningWandbLogger):
         # A configuration gives None for what it does not name, which would take away Lightning's `resume="allow"`.
         given = {name: value for name, value in {"entity": entity, **options}.items() if value is not None}
         super().__init__(project=project, save_dir=save_dir or os.environ.get("WANDB_DIR", "."), **given)
-        del self._wandb_init["anonymous"]  # no longer an option, and W&B warns of it even as None
+        self._wandb_init.pop("anonymous", None)  # no longer an option, and W&B warns of it even as None
 
     @property
     @override
     @rank_zero_experiment
     def experiment(self) -> Any:
-        if self._experiment is None and "mode" not in self._wandb_init:
-            from retinaface.evaluation.dashboard import run_mode  # has W&B imported, which takes a second
+        if self._experiment is not None:
+            return self._experiment
+        from retinaface.evaluation.dashboard import run_mode, wandb_refusals  # has W&B imported, which takes a second
 
+        if "mode" not in self._wandb_init:
             self._wandb_init["mode"] = "offline" if self._offline else run_mode(Path(self.save_dir or "."))
-        return super().experiment
+        with wandb_refusals():
+            return super().experiment

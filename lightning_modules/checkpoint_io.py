@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -18,6 +19,7 @@ REQUEUED = "requeued.ckpt"
 """What ``callbacks.Requeue`` saves."""
 
 _PREVIOUS = ".previous"
+_DAMAGED = "damaged, its checksums do not fit its content; restore it, or start without it"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -44,16 +46,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if is_whole(path):  # a damaged one must not take the place of the good one before it
                 path.replace(previous_of(path))
             part.replace(path)
+            if path.name != REQUEUED:
+                requeued = path.with_name(REQUEUED)
+                for outdated in (requeued, previous_of(requeued)):
+                    outdated.unlink(missing_ok=True)
         except OSError as error:
             part.unlink(missing_ok=True)
             raise InputError(
                 f"{path}: cannot be written ({error.strerror or error}); it needs {len(content.getbuffer()):,} bytes. "
                 "What was saved before is still there: make room, then start the same command again"
             ) from error
-        if path.name != REQUEUED:
-            requeued = path.with_name(REQUEUED)
-            for outdated in (requeued, previous_of(requeued)):
-                outdated.unlink(missing_ok=True)
 
 
 def _write(path: Path, content: memoryview) -> None:
@@ -72,7 +74,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint in a folder that is furthest on, among those that a fit can go on from.
 
     Training steps decide, not times of writing: clocks jump, and copies have times of their own. What a file has
-    replaced counts only if that file is damaged. Says which are damaged.
+    replaced counts only if that file is damaged. Says which it found damaged; of those that can be opened, all content
+    is read from the one furthest on downwards, until one is whole.
 
     Returns:
         The file, or None if there is no checkpoint at all.
@@ -82,39 +85,53 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """
     names = {path.name for path in folder.glob("*.ckpt")}
     names |= {path.name.removesuffix(_PREVIOUS) for path in folder.glob(f"*.ckpt{_PREVIOUS}")}
-    steps: dict[Path, int] = {}
-    damaged = None
     # Of two with as many steps the first is taken: the end of an epoch is further on than any moment within it.
-    for name in sorted(names, key=lambda name: (name == REQUEUED, name)):
-        for path in filter(Path.is_file, (folder / name, previous_of(folder / name))):
-            try:
-                steps[path] = read_resumable(path)["global_step"]
-                break
-            except InputError as error:
-                damaged = error
-                rank_zero_info(f"damaged checkpoint passed over: {one_line(error)}")
-    if damaged is not None and not steps:
-        raise InputError(f"{damaged}; nor can any other one in {folder} be read: delete them to start anew")
-    newest = max(steps, key=lambda path: steps[path], default=None)
-    if damaged is not None:
+    files = [folder / name for name in sorted(names, key=lambda name: (name == REQUEUED, name))]
+    damaged: dict[Path, InputError] = {}
+    while (newest := _furthest_on(files, damaged)) is not None and not is_whole(newest):
+        damaged[newest] = InputError(f"{newest}: {_DAMAGED}")
+    for error in damaged.values():
+        rank_zero_info(f"damaged checkpoint passed over: {one_line(error)}")
+        if newest is None:
+            raise InputError(f"{error}; nor can any other one in {folder} be read: delete them to start anew")
+    if damaged:
         rank_zero_info(f"going on from {newest} instead")
     return newest
 
 
-def read_resumable(path: str | Path) -> dict[str, Any]:
+def _furthest_on(files: Sequence[Path], damaged: dict[Path, InputError]) -> Path | None:
+    """The first file with most steps, or what was before it, without those found damaged, to which it adds more."""
+    steps: dict[Path, int] = {}
+    for file in files:
+        for path in (file, previous_of(file)):
+            if path in damaged or not path.is_file():
+                continue
+            try:
+                steps[path] = read_resumable(path, mmap=True)["global_step"]
+                break
+            except InputError as error:
+                damaged[path] = error
+    return max(steps, key=steps.__getitem__, default=None)
+
+
+def read_resumable(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     """What is in a checkpoint that a fit can go on from; Lightning would answer a foreign one with a traceback.
+
+    Args:
+        path: The checkpoint.
+        mmap: Whether to leave the tensors in the file; then their content is not checked, see :func:`is_whole`.
 
     Raises:
         InputError: It is missing, damaged, or not a checkpoint of a fit.
     """
-    content = read_torch_file(path)
+    content = read_torch_file(path, mmap)
     if not isinstance(content, dict) or not {"structure", "global_step", "pytorch-lightning_version"} <= content.keys():
         raise InputError(
             f"{path}: not a checkpoint that train.py saved, and --ckpt_path goes on only from those; give weights to "
             "start from with --model.init_args.weights"
         )
-    if not is_whole(Path(path)):
-        raise InputError(f"{path}: damaged, its checksums do not fit its content; restore it, or start without it")
+    if not mmap and not is_whole(Path(path)):
+        raise InputError(f"{path}: {_DAMAGED}")
     return content
 
 

@@ -170,7 +170,7 @@ class RetinaFaceModule(L.LightningModule):
                 "model: trainer.sync_batchnorm does not reach the batch norms of a fake-quantized network; each "
                 "process normalizes with the statistics of its own pictures"
             )
-        elif self.trainer.world_size > 1 and self.trainer.strategy.root_device.type == "cpu":
+        elif self.trainer.strategy.root_device.type == "cpu":
             raise InputError(
                 "trainer: sync_batchnorm needs GPUs, torch cannot do it on CPUs; set it to false, or accelerator to gpu"
             )
@@ -230,7 +230,12 @@ class RetinaFaceModule(L.LightningModule):
         return losses.total
 
     def log_losses(self, name: str, parts: Mapping[Any, Tensor], total: Tensor, batch_size: int) -> None:
-        """Logs the parts of a loss as ``<name>/<part>`` and their sum as ``<name>/loss``."""
+        """Logs the parts of a loss as ``<name>/<part>`` and their sum as ``<name>/loss``.
+
+        With several processes these are the first one's alone, divided as in
+        :func:`retinaface.model.losses.shared_divisor`: they scatter with the faces in its photos around the mean, which
+        would take one more exchange between the processes in every step.
+        """
         values = {f"{name}/{part}": value.detach() for part, value in parts.items()}
         self.log_dict(values, batch_size=batch_size)
         self.log(f"{name}/loss", total.detach(), prog_bar=True, batch_size=batch_size)

@@ -1,7 +1,6 @@
 """Times the parts of a training step, for ``python train.py benchmark``."""
 
 import json as json_format
-import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +16,7 @@ from lightning.pytorch.profilers import Profiler
 from rich.console import Console
 from typing_extensions import override
 
+from datamodules import WiderFaceDataModule
 from retinaface.errors import InputError
 from retinaface.evaluation.benchmark import machine_facts
 from retinaface.evaluation.benchmark_step import OTHER, StepTimings, step_table, step_timings
@@ -40,7 +40,7 @@ class BenchmarkTrainer(L.Trainer):
     def benchmark(
         self,
         model: L.LightningModule,
-        datamodule: L.LightningDataModule,
+        datamodule: WiderFaceDataModule,
         steps: int = 20,
         warmup: int = 5,
         json: Path | None = None,
@@ -48,8 +48,8 @@ class BenchmarkTrainer(L.Trainer):
         """Time the parts of a training step: data, forward, teacher, loss, backward, optimizer.
 
         It is a fit that leaves nothing behind, with the options of one: stage, callbacks, precision, devices. There is
-        no validation. A step is a batch; with accumulated gradients not every one has an optimizer step, and their
-        number is rounded up.
+        no validation, and ``keep_float: auto`` measures nothing: all becomes INT8. A step is a batch; with accumulated
+        gradients not every one has an optimizer step.
 
         Args:
             model: What is trained.
@@ -57,19 +57,29 @@ class BenchmarkTrainer(L.Trainer):
             steps: Steps to time.
             warmup: Steps before these.
             json: Also write the figures to this file.
+
+        Raises:
+            InputError: The stage trains no steps, or the file cannot be written.
         """
         self.limit_val_batches = 0
         self.fit_loop.max_epochs = -1  # as many epochs as the steps take
-        self.fit_loop.epoch_loop.max_steps = math.ceil((warmup + steps) / self.accumulate_grad_batches)
         profiler = self.profiler = StepProfiler(self.strategy.root_device)
         facts: dict[str, Any] = {"machine": machine_facts(), **_conditions(self)}
-        # When training ends the GPU has been working until now.
-        look_at_gpu = LambdaCallback(on_train_end=lambda *_: facts.update(gpu=_gpu_facts(self)))
-        self.callbacks.append(look_at_gpu)  # type: ignore[attr-defined]
+
+        def stop_after_last(*_: object) -> None:
+            if self.fit_loop.epoch_loop.total_batch_idx + 1 >= warmup + steps:
+                self.should_stop = True
+
+        watch = LambdaCallback(
+            on_train_batch_end=stop_after_last,
+            on_train_end=lambda *_: facts.update(gpu=_gpu_facts(self)),  # it has been working until then
+        )
+        self.callbacks.append(watch)  # type: ignore[attr-defined]
         self.fit(model, datamodule=datamodule)
-        batch_size = getattr(datamodule, "batch_size", 1)
-        timings = profiler.timings(warmup, batch_size * self.world_size)
-        facts |= {"batch_size": batch_size, **timings.figures()}
+        timings = profiler.timings(warmup, datamodule.batch_size * self.world_size)
+        if not timings.steps:
+            raise InputError("benchmark: this stage trains no steps; give the configuration of one that does")
+        facts |= {"batch_size": datamodule.batch_size, **timings.figures()}
         if self.is_global_zero:
             _show(timings, facts)
             if json is not None:
@@ -146,7 +156,13 @@ class StepProfiler(Profiler):
         super().__init__()
         self._now: Callable[[], float | torch.cuda.Event] = _gpu_mark if device.type == "cuda" else time.perf_counter
         self._around = [OTHER]
-        self._marks: list[tuple[str | None, float | torch.cuda.Event]] = [(OTHER, self._now())]
+        self._marks: list[tuple[str | None, float | torch.cuda.Event]] = []
+
+    @override
+    def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
+        """Begins; only now has the process chosen its GPU, on which alone marks can be compared."""
+        super().setup(stage, local_rank, log_dir)
+        self._marks.append((OTHER, self._now()))
 
     @override
     def start(self, action_name: str) -> None:

@@ -12,7 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Barrier, get_ident
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -67,11 +67,11 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _prepare_for_int8_sooner() -> Iterator[None]:
+def prepare_for_int8_sooner() -> Iterator[dict[tuple[ModuleType, str], Any]]:
     """Leaves out what takes most of the time of preparing a network for INT8 and always ends the same.
 
     Networks of one shape are traced once, without their weights, and torchao does not look for kinds of convolutions
-    that no network here has.
+    that no network here has. Gives what it takes the place of, by module and name.
     """
     graphs: dict[object, GraphModule] = {}
     trace, fuse = quantization._trace, qat_utils._fuse_conv_bn_qat_helper
@@ -91,7 +91,7 @@ def _prepare_for_int8_sooner() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantization, "_trace", trace_once)
         patch.setattr(qat_utils, "_fuse_conv_bn_qat_helper", fuse_two_dimensional)
-        yield
+        yield {(quantization, "_trace"): trace, (qat_utils, "_fuse_conv_bn_qat_helper"): fuse}
 
 
 @pytest.fixture(autouse=True)

@@ -291,8 +291,8 @@ def attempt(folder: Path, recipe: Path, kill_at: Callable[[Event], float | None]
     return done
 
 
-def draw_moments(events: list[Event], number: int, chance: random.Random) -> list[Moment]:
-    """Moments of an undisturbed run, in order: one of each kind in each stage, and more of any kind in any stage.
+def draw_moments(events: list[Event], more: int, chance: random.Random) -> list[Moment]:
+    """Moments of an undisturbed run, in order: one of each kind in each stage, and some more of any.
 
     Then one more for each stage that trains, while it reads the checkpoint that the kill before has left.
     """
@@ -301,8 +301,8 @@ def draw_moments(events: list[Event], number: int, chance: random.Random) -> lis
     groups: dict[tuple[str, str], list[int]] = {}
     for index in sorted(first.values()):
         groups.setdefault((events[index].stage, events[index].kind), []).append(index)
-    more = chance.choices(list(groups.values()), k=max(0, number - len(groups) - len(TRAINED)))
-    chosen = [chance.choices(group, [lasts[index] for index in group])[0] for group in [*groups.values(), *more]]
+    drawn = [*groups.values(), *chance.choices(list(groups.values()), k=more)]
+    chosen = [chance.choices(group, [lasts[index] for index in group])[0] for group in drawn]
     delays = sorted((index, chance.random() * lasts[index]) for index in chosen)
     moments = [Moment(events[index], delay, index) for index, delay in delays]
     for stage in TRAINED:
@@ -352,23 +352,24 @@ def differences(whole: Path, cut: Path) -> dict[str, list[str]]:
         ]
         if (whole / f"{stage}.onnx").read_bytes() != (cut / f"{stage}.onnx").read_bytes():
             found[stage].append("ONNX file")
-        curves = [json.dumps(read_training_log(folder / stage), sort_keys=True) for folder in (whole, cut)]
-        if curves[0] != curves[1]:  # as text, where no number equals no number
+        if not same(*(read_training_log(folder / stage) for folder in (whole, cut))):
             found[stage].append("training curves")
     first, second = (untimed(json.loads((folder / "report.json").read_text())) for folder in (whole, cut))
-    found[compress.REPORT] = [key for key in first | second if first.get(key) != second.get(key)]
+    found[compress.REPORT] = [key for key in first | second if not same(first.get(key), second.get(key))]
     return found
 
 
 def same(first: Any, second: Any) -> bool:
-    """Equality to the last bit."""
+    """Equality to the last bit; no number equals no number."""
     if isinstance(first, torch.Tensor):
-        return isinstance(second, torch.Tensor) and first.dtype == second.dtype and torch.equal(first, second)
+        if not isinstance(second, torch.Tensor) or (first.dtype, first.shape) != (second.dtype, second.shape):
+            return False
+        return first.numpy().tobytes() == second.numpy().tobytes()
     if isinstance(first, dict):
         return first.keys() == second.keys() and all(same(value, second[key]) for key, value in first.items())
     if isinstance(first, list | tuple):
         return len(first) == len(second) and all(map(same, first, second))
-    return bool(first == second)
+    return bool(first == second or (first != first and second != second))
 
 
 def untimed(report: dict[str, Any]) -> dict[str, Any]:
@@ -422,7 +423,7 @@ def write_recipe(path: Path) -> Path:
     return path
 
 
-def soak(folder: Path, kills: int, seed: int) -> bool:
+def soak(folder: Path, more: int, seed: int) -> bool:
     """Runs everything in a folder and prints the table.
 
     Returns:
@@ -436,7 +437,7 @@ def soak(folder: Path, kills: int, seed: int) -> bool:
     whole = attempt(runs["whole"], recipe, lambda _: None)
     assert whole.code == 0, f"the undisturbed run failed; see {runs['whole']}/log"
     undisturbed = time.monotonic() - begin
-    moments = draw_moments(whole.events, kills, random.Random(seed))
+    moments = draw_moments(whole.events, more, random.Random(seed))
     print(f"undisturbed: {undisturbed:.0f} s, {len(whole.events)} events; now {len(moments)} kills", file=sys.stderr)
     rows: list[list[str]] = []
     for moment in moments:
@@ -484,16 +485,18 @@ def note_resumed(rows: list[list[str]], done: Attempt) -> None:
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=30, help="how many, at least one of every kind in every stage")
+    parser.add_argument("--more", type=int, default=5, help="kills besides one of every kind in every stage")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--keep", type=Path, help="a folder for both runs and their logs, not deleted")
+    parser.add_argument("--keep", type=Path, help="a new folder for both runs and their logs, not deleted")
     options = parser.parse_args()
+    if options.keep is not None and options.keep.exists():
+        parser.error(f"--keep {options.keep}: is there already; name a new folder")
     torch.set_num_threads(1)
     folder = options.keep or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
     equal = False
     try:
-        equal = soak(folder.resolve(), options.kills, options.seed)
+        equal = soak(folder.resolve(), options.more, options.seed)
     finally:
         if options.keep is None and equal:
             shutil.rmtree(folder)

@@ -9,11 +9,14 @@ import time
 from pathlib import Path
 
 import cv2
+import lightning as L
 import pytest
 import yaml
+from lightning.pytorch.cli import SaveConfigCallback
 
 import compress
 import train
+from retinaface.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "configs" / "recipes"
@@ -209,13 +212,44 @@ def test_that_nobody_is_logged_in_is_said_once(training, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "place"),
-    [([], None), (["--config", "wandb.yaml"], ("retinaface-slim", None)),
-     (["--config=wandb.yaml", "--trainer.logger.init_args.project", "faces"], ("faces", None)),
-     (["--teacher.config=wandb.yaml"], None), (["--config", "wandb.yaml", "--trainer.logger=false"], None)],
+    [([], None), (["--config=wandb.yaml", "--trainer.logger.project=faces"], ("faces", None)),
+     (["--trainer.logger=callbacks.WandbLogger", "--trainer.logger.project", "faces", "--trainer.logger.entity=team"],
+      ("faces", "team"))],
 )  # fmt: skip
-def test_the_report_goes_where_the_stages_go(options, place, tmp_path):
+def test_the_report_goes_where_the_last_stage_goes(options, place, training, tmp_path, monkeypatch):
+    """Read from what ``train.py`` made of the options."""
     shutil.copy(ROOT / "configs" / "wandb.yaml", tmp_path)
-    assert compress._wandb_place(compress.parse_arguments([str(write_recipe(tmp_path)), *options])) == place
+    stage = {"name": "teacher", "config": ["data/synthetic_faces.yaml", "stage/teacher.yaml"]}
+    run = compress.parse_arguments([str(write_recipe(tmp_path, stages=[stage])), "--out", "out", *options])
+    assert compress._wandb_place(run) is None  # nothing is there yet
+    monkeypatch.setenv("WANDB_DIR", str(run.out))
+
+    def save_settings(trainer, model, *_, **__):
+        (callback,) = (each for each in trainer.callbacks if isinstance(each, SaveConfigCallback))
+        callback.setup(trainer, model, "fit")
+
+    monkeypatch.setattr(L.Trainer, "_fit_impl", save_settings)
+    train.main(run.arguments(run.recipe.stages[0]))
+    assert compress._wandb_place(run) == place
+
+
+@pytest.mark.parametrize("content", [None, "trainer: ["])
+def test_a_configuration_that_cannot_be_read_is_one_line(content, training, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / "own.yaml").write_text(content)
+    error = one_line_error([write_recipe(tmp_path), "--out", "out", "--config", "own.yaml"], capsys)
+    assert "own.yaml: not a YAML file that can be read" in error
+
+
+def test_a_report_that_wandb_refuses_is_there_all_the_same(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise InputError("W&B: no such project")
+
+    run = compress.parse_arguments([str(write_recipe(tmp_path)), "--out", "out"])
+    monkeypatch.setattr(compress, "_wandb_place", lambda run: ("faces", None))
+    monkeypatch.setattr("retinaface.evaluation.dashboard.send_report", refuse)
+    compress._send_to_wandb(run, {}, {})
+    assert "the report was not sent: W&B: no such project; the same command tries again" in capsys.readouterr().out
 
 
 def test_arguments_fill_in_checkpoints_and_overrides(tmp_path):
@@ -248,7 +282,7 @@ def recipe_stages():
             for stage in compress.load_recipe(path).stages:
                 # In INT8 these take long, and other recipes have the same stages.
                 repeats = path.stem in ("own_photos_gradual", "widerface_mobilenet025") or backbones[1:] == [backbone]
-                long = ("ptq", "int8") if repeats else ("int8",) if backbone == "resnet50" else ()
+                long = ("ptq", "int8") if repeats or backbone == "resnet50" else ()
                 slow = [pytest.mark.slow] if stage.name in long else []
                 yield pytest.param(path, backbone, stage.name, id=f"{path.stem}-{backbone}-{stage.name}", marks=slow)
 

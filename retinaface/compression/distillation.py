@@ -115,7 +115,8 @@ def distillation_losses(
         settings: Which parts, and how.
         student_features: ``(B, C, H, W)`` per level, in the teacher's widths; needed where features have a weight.
         teacher_features: The same from the teacher, without gradients.
-        divisor: What to divide by, from the weights of the anchors; ``pkd`` correlates the pictures given here alone.
+        divisor: What to divide by, from the sums of both weights of the anchors, :func:`class_weight` and
+            :func:`teacher_certainty`; ``pkd`` correlates the pictures given here alone.
 
     Returns:
         Weighted scalars, finite also where the teacher sees no face; their sum is the loss. Parts without a weight are
@@ -123,19 +124,20 @@ def distillation_losses(
     """
     student_logits, student_boxes, student_landmarks = (output.float() for output in student)
     teacher_logits, teacher_boxes, teacher_landmarks = (output.float() for output in teacher)
+    weight = class_weight(student_logits, teacher_logits)
     certainty = teacher_certainty(teacher_logits, settings.confidence)
+    # Together, as each call may be an exchange between processes.
+    weights, certainties = divisor(torch.stack([weight.sum(), certainty.sum()])).unbind()
     losses: dict[Part, Tensor] = {}
     if settings.logits:
-        losses["logits"] = settings.logits * logit_distillation(
-            student_logits, teacher_logits, settings.temperature, divisor
-        )
+        divergence = logit_distillation(student_logits, teacher_logits, settings.temperature, weight)
+        losses["logits"] = settings.logits * (divergence / weights)
     if settings.boxes:
         of_boxes = box_distillation if settings.box_loss == "smooth_l1" else giou_distillation
-        losses["boxes"] = settings.boxes * of_boxes(student_boxes, teacher_boxes, certainty, divisor)
+        losses["boxes"] = settings.boxes * (of_boxes(student_boxes, teacher_boxes, certainty) / certainties)
     if settings.landmarks:
-        losses["landmarks"] = settings.landmarks * landmark_distillation(
-            student_landmarks, teacher_landmarks, certainty, divisor
-        )
+        error = landmark_distillation(student_landmarks, teacher_landmarks, certainty)
+        losses["landmarks"] = settings.landmarks * (error / certainties)
     if settings.features:
         levels = zip(student_features, teacher_features, strict=True)
         if settings.feature_loss == "pkd":
@@ -160,22 +162,35 @@ def teacher_certainty(teacher_logits: Tensor, confidence: float) -> Tensor:
     return torch.where(score >= confidence, score, 0.0)
 
 
-def logit_distillation(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: float, divisor: Divisor = own_divisor
-) -> Tensor:
+def class_weight(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """How much the class distribution of each anchor counts: the larger of the two face scores.
+
+    So faces, the teacher's doubts and the student's false alarms count, not the 99 % of background that both are sure
+    of.
+
+    Args:
+        student_logits: ``(B, A, 2)`` float32.
+        teacher_logits: ``(B, A, 2)`` float32.
+
+    Returns:
+        ``(B, A)``, without gradients.
+    """
+    return torch.maximum(student_logits.softmax(-1)[..., 1], teacher_logits.softmax(-1)[..., 1]).detach()
+
+
+def logit_distillation(student_logits: Tensor, teacher_logits: Tensor, temperature: float, weight: Tensor) -> Tensor:
     """Kullback-Leibler divergence from the teacher's to the student's softened class distribution.
 
-    Each anchor counts by the larger of the two face scores: faces, the teacher's doubts and the student's false alarms,
-    not the 99 % of background that both are sure of. Scaled by the squared temperature as in arXiv:1503.02531.
+    Scaled by the squared temperature as in arXiv:1503.02531.
 
     Args:
         student_logits: ``(B, A, 2)``.
         teacher_logits: ``(B, A, 2)``.
         temperature: Softens both.
-        divisor: What to divide by, from the sum of the weights.
+        weight: ``(B, A)``, of each anchor, from :func:`class_weight`.
 
     Returns:
-        A scalar.
+        A scalar, the weighted sum.
     """
     divergence = F.kl_div(
         F.log_softmax(student_logits / temperature, dim=-1),
@@ -183,37 +198,29 @@ def logit_distillation(
         reduction="none",
         log_target=True,
     ).sum(-1)
-    weight = torch.maximum(student_logits.softmax(-1)[..., 1], teacher_logits.softmax(-1)[..., 1]).detach()
-    return temperature**2 * (weight * divergence).sum() / divisor(weight.sum())
+    return temperature**2 * (weight * divergence).sum()
 
 
-def box_distillation(
-    student_deltas: Tensor, teacher_deltas: Tensor, certainty: Tensor, divisor: Divisor = own_divisor
-) -> Tensor:
+def box_distillation(student_deltas: Tensor, teacher_deltas: Tensor, certainty: Tensor) -> Tensor:
     """Smooth-L1 between deltas where the teacher is certain, as in the detection loss (arXiv:1504.08083).
 
     Args:
         student_deltas: ``(B, A, 4)`` float32, or as many as there are to an anchor.
         teacher_deltas: The same from the teacher.
         certainty: ``(B, A)``, weight of each anchor, from :func:`teacher_certainty`.
-        divisor: What to divide by, from the sum of the weights.
 
     Returns:
-        A scalar; 0, with gradients of 0, where they are all 0.
+        A scalar, the weighted sum; 0, with gradients of 0, where the weights are all 0.
     """
-    return _weighted(F.smooth_l1_loss(student_deltas, teacher_deltas, reduction="none").sum(-1), certainty, divisor)
+    return (F.smooth_l1_loss(student_deltas, teacher_deltas, reduction="none").sum(-1) * certainty).sum()
 
 
-def landmark_distillation(
-    student_deltas: Tensor, teacher_deltas: Tensor, certainty: Tensor, divisor: Divisor = own_divisor
-) -> Tensor:
+def landmark_distillation(student_deltas: Tensor, teacher_deltas: Tensor, certainty: Tensor) -> Tensor:
     """As :func:`box_distillation`, for the ``(B, A, 10)`` deltas of landmarks."""
-    return box_distillation(student_deltas, teacher_deltas, certainty, divisor)
+    return box_distillation(student_deltas, teacher_deltas, certainty)
 
 
-def giou_distillation(
-    student_deltas: Tensor, teacher_deltas: Tensor, certainty: Tensor, divisor: Divisor = own_divisor
-) -> Tensor:
+def giou_distillation(student_deltas: Tensor, teacher_deltas: Tensor, certainty: Tensor) -> Tensor:
     """1 - GIoU (arXiv:1902.09630) between the student's and the teacher's box where the teacher is certain.
 
     Boxes are decoded relative to their anchor, as GIoU is the same in every scale. Sides beyond 62.5 times the
@@ -224,13 +231,13 @@ def giou_distillation(
         student_deltas: ``(B, A, 4)`` float32.
         teacher_deltas: ``(B, A, 4)`` float32.
         certainty: ``(B, A)``, weight of each anchor, from :func:`teacher_certainty`.
-        divisor: What to divide by, from the sum of the weights.
 
     Returns:
-        A scalar from 0 to 2; 0, with gradients of 0, where they are all 0.
+        A scalar, the weighted sum; 0, with gradients of 0, where the weights are all 0.
     """
     own, wanted = (_decode_relative(deltas) for deltas in (student_deltas, teacher_deltas))
-    return _weighted(generalized_box_iou_loss(own, wanted, reduction="none"), certainty, divisor)
+    errors: Tensor = generalized_box_iou_loss(own, wanted, reduction="none")
+    return (errors * certainty).sum()
 
 
 def _decode_relative(deltas: Tensor) -> Tensor:
@@ -241,10 +248,6 @@ def _decode_relative(deltas: Tensor) -> Tensor:
         torch.cat([centre, size.clamp(-largest, largest)], dim=-1),
         torch.cat([torch.zeros_like(centre), torch.ones_like(size)], dim=-1),
     )
-
-
-def _weighted(errors: Tensor, certainty: Tensor, divisor: Divisor) -> Tensor:
-    return (errors * certainty).sum() / divisor(certainty.sum())
 
 
 def pearson_distillation(student: Tensor, teacher: Tensor) -> Tensor:

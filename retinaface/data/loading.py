@@ -1,5 +1,6 @@
 """From samples to batches: augmented draws for training, whole photos for validation, and loaders for both."""
 
+import errno
 import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -256,7 +257,7 @@ def find_dead_worker(error: BaseException | None) -> InputError | None:
     finds the connection closed through which it was to get a batch.
     """
     while error is not None and not (_says_so(error) or _is_closed_connection(error)):
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     if error is None:
         return None
     what = str(error).partition("Details are lost")[0].partition("It is possible")[0].strip().rstrip(".")
@@ -264,7 +265,7 @@ def find_dead_worker(error: BaseException | None) -> InputError | None:
     return InputError(
         f"data: {what}. Mostly the system kills one for want of memory, or of shared memory (/dev/shm): lower "
         "data.init_args.num_workers (0 needs no such processes) or data.init_args.batch_size, or give the job more "
-        "memory. The last checkpoint is whole: start again with --ckpt_path=last (compress.py: the same command)"
+        "memory. Start the same command again; a fit goes on from its last checkpoint with --ckpt_path=last"
     )
 
 
@@ -274,8 +275,10 @@ def _says_so(error: BaseException) -> bool:
 
 def _is_closed_connection(error: BaseException) -> bool:
     """What a loader process itself raises comes through another function of torch."""
+    if not isinstance(error, OSError | EOFError) or getattr(error, "errno", None) == errno.EMFILE:
+        return False  # with too many open files nothing has died
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    return isinstance(error, OSError | EOFError) and any(frame.f_code.co_name == "_try_get_data" for frame in frames)
+    return any(frame.f_code.co_name == "_try_get_data" for frame in frames)
 
 
 def _start_worker(_: int) -> None:

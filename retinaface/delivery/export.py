@@ -4,7 +4,7 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -52,8 +52,8 @@ _FLOAT_TOLERANCE = 1e-3
 _INT8_TOLERANCE = 0.75
 _INT8_TOLERANCE_OF_ONE = 2.0
 
-# Pictures of noise of each size: the fewer there are, the more a single value on the other side of a step decides.
-_NOISES = 4
+# Pictures of noise of each size for INT8: the fewer, the more a single value on the other side of a step decides.
+_INT8_NOISES = 4
 
 # Largest difference of what is computed from the same raw outputs: of a score or pixel, and relative to the number.
 _STEP_TOLERANCE = (1e-3, 1e-4)
@@ -264,25 +264,29 @@ def _check_outputs(form: OnnxForm, network: Network, path: Path, photos: Sequenc
     session = open_session(path, entries={"session.x64quantprecision": "1"} if saturates_int8() else None)
     quantized = deepcopy(network).cpu().eval() if isinstance(network, FakeQuantizedRetinaFace) else None
     compared: list[Tensor] = []
-    for pictures in check_pictures(form.settings, photos):
+    for pictures in check_pictures(form.settings, photos, quantized is not None):
         images = normalize(pictures)
         feed = pictures if form.settings.input == "uint8" else images
         arrays = session.run(list(form.settings.step_names), {INPUT_NAME: feed.numpy()})
         class_logits, box_deltas, landmark_deltas, *later = map(torch.from_numpy, arrays)
         raw = (class_logits, box_deltas, landmark_deltas)
         with torch.no_grad():
-            exact = None if quantized is None else without_rounding(quantized, quantized, images)
+            exact = None
+            if quantized is not None:
+                with quantized.without_rounding():
+                    exact = quantized(images)
             compared.append(compare_outputs(form.network(images), exact, raw))
             _check_steps(form, raw, later, (images.shape[2], images.shape[3]), path.name)
     require_within(compared, quantized is not None, OUTPUT_NAMES, f"{path.name}: {{}} of ONNX Runtime")
 
 
-def check_pictures(settings: OnnxSettings, photos: Sequence[Path]) -> Iterator[Tensor]:
+def check_pictures(settings: OnnxSettings, photos: Sequence[Path], int8: bool) -> Iterator[Tensor]:
     """What to compare a file with torch on: noise in two sizes, and the photos.
 
     Args:
         settings: Of the file; where they fix a size, the photos are resized to it, and there is one size of noise.
         photos: Photos.
+        int8: Whether the file is in INT8; then there is more noise, as the mean over the pictures counts.
 
     Yields:
         ``(B, 3, H, W)`` uint8 BGR.
@@ -295,21 +299,13 @@ def check_pictures(settings: OnnxSettings, photos: Sequence[Path]) -> Iterator[T
         (settings.batch or batch, 3, *(settings.size or size)) for batch, size in ((1, (64, 96)), (2, (160, 120)))
     ]
     for shape in dict.fromkeys(shapes):
-        for _ in range(_NOISES):
+        for _ in range(_INT8_NOISES if int8 else 1):
             yield torch.randint(256, shape, dtype=torch.uint8, generator=generator)
     for path in photos:
         photo = read_image(path)
         if settings.size is not None:
             photo = np.asarray(cv2.resize(photo, settings.size[::-1], interpolation=cv2.INTER_AREA), dtype=np.uint8)
         yield pad_small(torch.from_numpy(photo).permute(2, 0, 1).repeat(settings.batch or 1, 1, 1, 1))
-
-
-def without_rounding(
-    form: Callable[[Tensor], Sequence[Tensor]], quantized: FakeQuantizedRetinaFace, images: Tensor
-) -> Sequence[Tensor]:
-    """What a form of a fake-quantized network, or that network itself, would give in float."""
-    with quantized.without_rounding():
-        return form(images)
 
 
 def compare_outputs(wanted: Sequence[Tensor], exact: Sequence[Tensor] | None, found: Sequence[Tensor]) -> Tensor:

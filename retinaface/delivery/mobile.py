@@ -19,14 +19,7 @@ from torch.fx import GraphModule
 
 from retinaface.compression.quantization import FakeQuantizedRetinaFace, convert
 from retinaface.compression.structure import Network
-from retinaface.delivery.export import (
-    METADATA_KEY,
-    check_pictures,
-    compare_outputs,
-    file_facts,
-    require_within,
-    without_rounding,
-)
+from retinaface.delivery.export import METADATA_KEY, check_pictures, compare_outputs, file_facts, require_within
 from retinaface.delivery.onnx_forms import OnnxForm, OnnxSettings
 from retinaface.errors import InputError
 from retinaface.model.network import normalize
@@ -77,14 +70,15 @@ def export_mobile(
     if importlib.util.find_spec("executorch") is None:
         raise InputError(f"{path}: ExecuTorch is not installed; run `pip install executorch`, or export to .onnx")
     settings = replace(settings, size=settings.size or USUAL_SIZE, batch=settings.batch or 1)
+    form = MobileForm(_to_run(network), network.config, settings)
+    program = _to_program(form, json.dumps(file_facts(network, settings)))
+    _check_outputs(form, network, program, path.name, photos)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            form = MobileForm(_to_run(network), network.config, settings)
-            unchecked = Path(folder) / path.name
-            unchecked.write_bytes(_to_program(form, json.dumps(file_facts(network, settings))))
-            _check_outputs(form, network, unchecked, photos)
-            unchecked.replace(path)
+            part = Path(folder) / path.name
+            part.write_bytes(program)
+            part.replace(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error}); choose another file") from error
 
@@ -135,20 +129,23 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _check_outputs(form: MobileForm, network: Network, path: Path, photos: Sequence[Path]) -> None:
-    run = _open(path)
-    quantized = deepcopy(network).cpu().eval() if isinstance(network, FakeQuantizedRetinaFace) else None
+def _check_outputs(form: MobileForm, network: Network, program: bytes, file: str, photos: Sequence[Path]) -> None:
+    method = _load(program)
+    copy = deepcopy(network).cpu().eval()
+    int8 = isinstance(copy, FakeQuantizedRetinaFace)
+    whole = MobileForm(copy, form.config, form.settings)
     compared: list[Tensor] = []
-    for pictures in check_pictures(form.settings, photos):
+    for pictures in check_pictures(form.settings, photos, int8):
         images = pictures if form.settings.input == "uint8" else normalize(pictures)
         with torch.no_grad():
             exact = None
-            if quantized is not None:
-                exact = without_rounding(MobileForm(quantized, form.config, form.settings), quantized, images)
-            compared.append(compare_outputs(form(images), exact, run.execute([images])))
-    require_within(compared, quantized is not None, form.settings.output_names, f"{path.name}: {{}} of ExecuTorch")
+            if isinstance(copy, FakeQuantizedRetinaFace):
+                with copy.without_rounding():
+                    exact = whole(images)
+            compared.append(compare_outputs(form(images), exact, method.execute([images])))
+    require_within(compared, int8, form.settings.output_names, f"{file}: {{}} of ExecuTorch")
 
 
-def _open(path: Path) -> Any:  # noqa: ANN401 (``executorch.runtime.Method``)
+def _load(program: bytes) -> Any:  # noqa: ANN401 (``executorch.runtime.Method``)
     runtime = importlib.import_module("executorch.runtime")
-    return runtime.Runtime.get().load_program(path).load_method("forward")
+    return runtime.Runtime.get().load_program(program).load_method("forward")

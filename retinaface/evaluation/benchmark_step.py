@@ -17,7 +17,7 @@ PARTS = {
     "transfer": "to the device",
     "forward": "of the network that is trained",
     "teacher": "forward of the teacher",
-    "loss": "targets and loss, against the teacher too",
+    "loss": "targets and loss, against the teacher too; with waiting for the slowest process",
     "backward": "with the exchange of gradients",
     "optimizer": "with the clipping of gradients and the checks before the step",
     OTHER: "logging, callbacks, the trainer itself",
@@ -65,29 +65,26 @@ def _spread(times: Sequence[float]) -> dict[str, float]:
     return {"median_ms": median(times), "p10_ms": float(low), "p90_ms": float(high)}
 
 
-def step_timings(
-    marks: Sequence[tuple[str | None, float]], warmup: int, images_per_step: int, parts: Sequence[str] = tuple(PARTS)
-) -> StepTimings:
+def step_timings(marks: Sequence[tuple[str | None, float]], warmup: int, images_per_step: int) -> StepTimings:
     """Adds up what belongs to the same part of the same step.
 
     Args:
         marks: What began, and when in milliseconds, in order of time: a part, or None where a step ends.
         warmup: Steps at the beginning that do not count.
         images_per_step: Of all processes together.
-        parts: What the parts are called.
 
     Returns:
         The timings of the steps that have ended, without parts that never took any time.
     """
     steps: list[dict[str, float]] = []
-    step = dict.fromkeys(parts, 0.0)
+    step = dict.fromkeys(PARTS, 0.0)
     for (part, start), (following, end) in pairwise(marks):
         step[part or OTHER] += end - start
         if following is None:
             steps.append(step)
-            step = dict.fromkeys(parts, 0.0)
+            step = dict.fromkeys(PARTS, 0.0)
     counted = steps[warmup:]
-    found = {part: [each[part] for each in counted] for part in parts}
+    found = {part: [each[part] for each in counted] for part in PARTS}
     return StepTimings({part: times for part, times in found.items() if any(times)}, images_per_step)
 
 

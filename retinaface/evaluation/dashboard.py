@@ -2,12 +2,14 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import wandb
+from wandb.sdk import wandb_setup
 
 from retinaface.errors import InputError
 from retinaface.evaluation.report_text import kept_share
@@ -26,6 +28,20 @@ _ENVIRONMENT = {
 _COSTS = ("params", "macs", "onnx_bytes", "convolutions", "int8_convolutions", "latency_ms_median", "speedup")
 
 
+@contextmanager
+def wandb_refusals() -> Iterator[None]:
+    """Makes one line of what W&B raises.
+
+    Raises:
+        InputError: W&B refuses, for want of a connection or the right to the project.
+    """
+    try:
+        yield
+    except wandb.errors.Error as error:
+        raise InputError(f"W&B: {error}; log in with `wandb login`, or set WANDB_MODE=offline") from error
+
+
+@wandb_refusals()
 def run_mode(folder: Path | None = None) -> Literal["offline"] | None:
     """Where a new run is to go: it stays on the disk if nobody is logged in, which is said, with the remedy.
 
@@ -33,9 +49,14 @@ def run_mode(folder: Path | None = None) -> Literal["offline"] | None:
         folder: Where the run's ``wandb`` folder is or will be; by default that of ``WANDB_DIR``, or the current one.
 
     Returns:
-        ``offline`` without a login, or where ``WANDB_MODE`` says so; None leaves it to W&B.
+        ``offline`` without a login, or where ``WANDB_MODE`` or W&B's settings say so; None leaves it to W&B.
+
+    Raises:
+        InputError: As :func:`wandb_refusals`.
     """
-    wanted = os.environ.get("WANDB_MODE", "online")
+    if wandb.run is not None:  # that one goes on as it began
+        return None
+    wanted = os.environ.get("WANDB_MODE") or wandb_setup.singleton().settings.mode
     if wanted == "offline":
         return "offline"
     if wanted != "online" or wandb.login(prompt=False, verify=False):
@@ -49,6 +70,7 @@ def run_mode(folder: Path | None = None) -> Literal["offline"] | None:
     return "offline"
 
 
+@wandb_refusals()
 def start_run(project: str, **options: Any) -> wandb.Run:  # noqa: ANN401
     """Starts a run, or goes on with the one whose id the environment has.
 
@@ -60,16 +82,11 @@ def start_run(project: str, **options: Any) -> wandb.Run:  # noqa: ANN401
         The run, on the disk where nobody is logged in.
 
     Raises:
-        InputError: W&B refuses, for want of a connection or the right to the project.
+        InputError: As :func:`wandb_refusals`.
     """
     # W&B reads its environment once in a process, and that may have been before these were set.
     named = {name: os.environ.get(variable) for name, variable in _ENVIRONMENT.items()}
-    try:
-        return wandb.init(project=project, resume="allow", mode=run_mode(), **{**named, **options})
-    except wandb.errors.Error as error:
-        raise InputError(
-            f"W&B project {project}: {error}; log in with `wandb login`, or set WANDB_MODE=offline"
-        ) from error
+    return wandb.init(project=project, resume="allow", mode=run_mode(), **{**named, **options})
 
 
 def model_name(checkpoint: Path) -> str:
@@ -106,7 +123,7 @@ def use_model(run: wandb.Run, checkpoint: Path) -> None:
     """Notes that a run starts from a checkpoint, so that W&B draws where a model comes from.
 
     W&B knows an artifact by its name and its content: this one is the one of the stage that made it, and nothing is
-    uploaded again. One that no run has made, such as public weights, is uploaded.
+    uploaded again. One that no run has made, such as public weights, is uploaded. Where W&B refuses, that is said.
 
     Args:
         run: The run that uses it.
@@ -116,8 +133,11 @@ def use_model(run: wandb.Run, checkpoint: Path) -> None:
     if run.offline:
         # use_artifact() insists on a server, though what it would record can be synchronised like everything else.
         run._log_artifact(artifact, aliases=[], is_user_created=True, use_after_commit=True)
-    else:
+        return
+    try:
         run.use_artifact(artifact)
+    except (wandb.errors.Error, ValueError) as error:
+        wandb.termwarn(f"{checkpoint}: that this run starts from it is not noted ({error})")
 
 
 def _checkpoint_artifact(checkpoint: Path) -> wandb.Artifact:
@@ -162,7 +182,7 @@ def send_report(
         entity: The W&B user or team; None for the user's own choice.
 
     Raises:
-        InputError: As :func:`start_run`.
+        InputError: As :func:`wandb_refusals`.
     """
     with start_run(project, entity=entity) as run:
         for checkpoint in checkpoints.values():

@@ -26,8 +26,12 @@ _RENAMES: list[Rename] = [
 ]
 
 
-def read_torch_file(path: Path | str) -> Any:  # noqa: ANN401  whatever the file holds
+def read_torch_file(path: Path | str, mmap: bool = False) -> Any:  # noqa: ANN401  whatever the file holds
     """Reads a torch file onto the CPU without running code from it (``weights_only=True``).
+
+    Args:
+        path: The file.
+        mmap: Whether tensors stay in the file until they are used; only for files that ``torch.save`` writes today.
 
     Raises:
         InputError: The file is missing, damaged, or holds more than tensors and plain values.
@@ -36,7 +40,7 @@ def read_torch_file(path: Path | str) -> Any:  # noqa: ANN401  whatever the file
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a checkpoint (.pth or .ckpt)")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # whatever the bytes of another kind of file make of the unpickler
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(

@@ -130,11 +130,11 @@ def shared_divisor(counts: Tensor) -> Tensor:
 
     Returns:
         The counts of all processes together, at least 1 each, divided by the number of processes; without other
-        processes as :func:`own_divisor`. No gradient passes.
+        processes as :func:`own_divisor`. No gradient passes, and no NaN from one process to the others.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return own_divisor(counts)
-    together = counts.detach().clone()
+    together = counts.detach().nan_to_num(0)
     distributed.all_reduce(together)
     return own_divisor(together) / distributed.get_world_size()
 

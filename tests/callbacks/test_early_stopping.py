@@ -1,3 +1,5 @@
+import logging
+
 import lightning as L
 import pytest
 import torch
@@ -53,11 +55,14 @@ def fit(folder, figures, *more, path=None, **options):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_stage_that_was_stopped_stays_so_when_it_goes_on(tmp_path):
+def test_a_stage_that_was_stopped_stays_so_when_it_goes_on_and_says_so(tmp_path, caplog):
     figures = [0.5, 0.4, 0.6, 0.7]
-    with pytest.raises(SystemExit):  # what Lightning makes of an interruption
+    with pytest.raises(SystemExit), caplog.at_level(logging.INFO):  # what Lightning makes of an interruption
         fit(tmp_path, figures, Killed())
-    assert fit(tmp_path, figures, path=tmp_path / "last.ckpt") == ([], 4)
+    assert "to train on" not in caplog.text
+    with caplog.at_level(logging.INFO):
+        assert fit(tmp_path, figures, path=tmp_path / "last.ckpt") == ([], 4)
+    assert "this fit was stopped before, and that holds (Monitored metric ap did not improve" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore")

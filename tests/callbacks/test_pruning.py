@@ -126,6 +126,7 @@ def test_two_processes_end_with_the_same_trained_parameters(pruned_run, tmp_path
     check_two_processes([*pruned_run.arguments, *(f"--trainer.callbacks.init_args.{o}" for o in options)], tmp_path)
 
 
+@pytest.mark.slow
 def test_refusal_ends_all_processes(pruned_run, tmp_path, run_process):
     options = ["--trainer.callbacks.init_args.target.macs=0.01", "--trainer.accelerator=cpu", "--trainer.devices=2"]
     result = run_process(pruned_run.arguments, tmp_path, *options, "--trainer.strategy=ddp", timeout=100)

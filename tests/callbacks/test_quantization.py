@@ -182,6 +182,7 @@ def test_a_choice_needs_a_data_module(tiny_checkpoint):
         QuantizationAwareTraining("auto").setup(L.Trainer(accelerator="cpu", logger=False), module, "fit")
 
 
+@pytest.mark.slow
 def test_an_error_of_the_choice_ends_all_processes(quantized_run, tmp_path, run_process):
     options = [AUTO, "--trainer.callbacks.init_args.backend=openvino", "--trainer.accelerator=cpu"]
     processes = ["--trainer.devices=2", "--trainer.strategy=ddp"]

@@ -5,11 +5,19 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
-def test_teacher(tiny_root, tiny_checkpoint, tmp_path, make_stage_arguments, run_process, check_half_the_batch):
+@pytest.fixture
+def teacher_arguments(tiny_root, tiny_checkpoint, make_stage_arguments):
     options = ["--model.init_args.network.channels=16", f"--model.init_args.weights={tiny_checkpoint}"]
-    arguments = make_stage_arguments("teacher", tiny_root, *options)
-    assert run_process(arguments, tmp_path).returncode == 0
-    check_half_the_batch(arguments, tmp_path / "checkpoints" / "last.ckpt", tmp_path)
+    return make_stage_arguments("teacher", tiny_root, *options)
+
+
+def test_two_processes_end_with_the_same_teacher(teacher_arguments, tmp_path, check_two_processes):
+    check_two_processes(teacher_arguments, tmp_path)
+
+
+def test_teacher(teacher_arguments, tmp_path, run_process, check_half_the_batch):
+    assert run_process(teacher_arguments, tmp_path).returncode == 0
+    check_half_the_batch(teacher_arguments, tmp_path / "checkpoints" / "last.ckpt", tmp_path)
 
 
 def test_pruned_student(pruned_run, tmp_path, check_half_the_batch):

@@ -167,6 +167,7 @@ def test_checkpoint_has_what_has_grown_in_all_epochs(pruned_again_run):
     assert [median(least), median(most)] == pytest.approx([0.01, grown], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_two_processes_stay_in_step(pruned_run, tmp_path, check_two_processes):
     """In the stage before pruning it would be the same; here a stage is there that only needs the callback."""
     options = ["--trainer.callbacks+=callbacks.SparsityRegularization", "--trainer.callbacks.init_args.method=growing"]

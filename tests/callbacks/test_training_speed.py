@@ -19,7 +19,8 @@ def step(callback, images, device="cpu", processes=1):
     module = SimpleNamespace(device=torch.device(device), log_dict=lambda figures, batch_size: logged.append(figures))
     trainer = SimpleNamespace(world_size=processes)
     callback.on_train_batch_end(trainer, module, None, {"images": torch.empty(images, 3, 1, 1)}, 0)
-    return logged[0]
+    assert all(figure.device.type == "cpu" for figure in logged[0].values())  # others would wait for the GPU
+    return {name: float(figure) for name, figure in logged[0].items()}
 
 
 def test_images_a_second_of_all_processes_without_validation(clock):
@@ -33,6 +34,14 @@ def test_images_a_second_of_all_processes_without_validation(clock):
     callback.on_validation_end(None, None)
     clock.now = 101.0
     assert step(callback, 8) == {"train/images_per_second": 8.0}
+
+
+def test_a_fit_that_goes_on_within_an_epoch_begins_to_count_there(clock):
+    callback = TrainingSpeed()
+    clock.now = 50.0
+    callback.on_train_start(None, None)
+    clock.now = 52.0
+    assert step(callback, 4) == {"train/images_per_second": 2.0}
 
 
 def test_memory_of_the_gpu(clock, monkeypatch):

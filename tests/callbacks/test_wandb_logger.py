@@ -3,6 +3,7 @@ import wandb
 from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks import WandbLogger
+from retinaface.errors import InputError
 
 
 @pytest.fixture
@@ -38,6 +39,26 @@ def test_the_users_own_mode_holds(mode, given, wandb_offline, monkeypatch, begun
     monkeypatch.setattr(wandb, "login", lambda **_: pytest.fail("asks for a login"))
     _ = WandbLogger("faces").experiment
     assert begun[0]["mode"] == given  # W&B itself looks at the environment for others
+
+
+@pytest.mark.parametrize(("mode", "given"), [("offline", "offline"), ("disabled", None)])
+def test_the_mode_in_the_settings_of_wandb_holds(mode, given, wandb_offline, tmp_path, monkeypatch, begun):
+    wandb.teardown()  # W&B reads its settings once
+    (tmp_path / "wandb_home" / "settings").write_text(f"[default]\nmode = {mode}\n")
+    monkeypatch.setattr(wandb, "login", lambda **_: pytest.fail("asks for a login"))
+    _ = WandbLogger("faces").experiment
+    assert begun[0]["mode"] == given
+
+
+@pytest.mark.parametrize("function", ["login", "init"])
+def test_what_wandb_refuses_is_one_line(function, wandb_offline, monkeypatch):
+    def refuse(**_):
+        raise wandb.errors.CommError("no such entity")
+
+    monkeypatch.setattr(wandb, "login", lambda **_: True)
+    monkeypatch.setattr(wandb, function, refuse)
+    with pytest.raises(InputError, match=r"W&B: no such entity; log in .* WANDB_MODE=offline"):
+        _ = WandbLogger("faces").experiment
 
 
 def test_other_processes_begin_no_run(wandb_offline, monkeypatch, begun):

@@ -135,6 +135,7 @@ def test_an_activation_that_runs_within_the_convolution_is_not_rounded_twice(flo
             assert node.args[0].target is torch.ops.aten.batch_norm.default
 
 
+@pytest.mark.slow
 def test_openvino_runs_every_convolution_of_its_files_in_int8(float_network, tmp_path):
     pytest.importorskip("openvino", reason="OpenVINO, which is optional, is not installed")
     network = train(prepare_for_training(float_network, QuantizationSettings(backend="openvino")), 1)
@@ -145,6 +146,7 @@ def test_openvino_runs_every_convolution_of_its_files_in_int8(float_network, tmp
     assert (share.int8, share.total) == (56, 56)
 
 
+@pytest.mark.slow
 def test_tensorrt_has_no_zero_points(float_network, tmp_path):
     network = train(prepare_for_training(float_network, QuantizationSettings(backend="tensorrt")))
     assert not any(int(activation.zero_point) for activation in network.activations())

@@ -1,3 +1,4 @@
+import errno
 import os
 import re
 import signal
@@ -136,6 +137,24 @@ def test_a_photo_on_a_drive_that_is_gone_is_no_dead_worker(workers):
     assert find_dead_worker(failure.value) is None
     assert find_dead_worker(RuntimeError("something else")) is None
     assert find_dead_worker(None) is None
+
+
+def _try_get_data(error):
+    """Bears the name of the function of torch in which a closed connection is found."""
+    raise error
+
+
+def test_too_many_open_files_are_no_dead_worker():
+    with pytest.raises(RuntimeError) as failure:  # noqa: PT012
+        try:
+            _try_get_data(ConnectionResetError())
+        except OSError:
+            raise RuntimeError("Too many open files. Communication with the workers is no longer possible") from None
+    assert find_dead_worker(failure.value) is None
+    for error, dead in ((OSError(errno.EMFILE, "Too many open files"), False), (ConnectionResetError(), True)):
+        with pytest.raises(type(error)) as failure:
+            _try_get_data(error)
+        assert (find_dead_worker(failure.value) is not None) == dead
 
 
 def test_what_torch_says_of_workers_gives_way_to_what_helps():

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,6 +52,23 @@ def test_the_model_that_a_run_uses_is_the_one_that_another_made(wandb_offline, t
     assert (used[1].name, used[1].digest) != (made.name, made.digest)
 
 
+def test_a_model_that_wandb_refuses_does_not_end_a_run(tmp_path, monkeypatch):
+    def refuse(artifact):
+        raise wandb.errors.CommError("no space left in the plan")
+
+    said = []
+    monkeypatch.setattr(wandb, "termwarn", said.append)
+    use_model(SimpleNamespace(offline=False, use_artifact=refuse), stage_file(tmp_path, "teacher"))
+    (line,) = said
+    assert "last.ckpt: that this run starts from it is not noted (no space left in the plan)" in line
+
+
+def test_a_run_that_is_going_on_keeps_its_mode(monkeypatch):
+    monkeypatch.setattr(wandb, "run", object())
+    monkeypatch.setattr(wandb, "login", lambda **_: pytest.fail("asks for a login"))
+    assert run_mode() is None
+
+
 def model(name, ap=None, agreement=None, **figures):
     costs = {"params": 4, "macs": 8, "onnx_bytes": 9, "convolutions": 3, "int8_convolutions": 0,
              "latency_ms_median": 7.5, "speedup": 1.0}  # fmt: skip
@@ -76,11 +94,16 @@ def test_the_result_without_labels():
 
 
 def test_the_curves_of_a_chart():
-    curves = {"all": Curve(np.linspace(0, 1, 1000), np.linspace(1, 0.5, 1000)), "hard": Curve(np.ones(3), np.ones(3))}
-    chart = precision_recall_chart(curves, points=100)
-    rows = chart.table.data
-    assert [sum(row[1] == name for row in rows) for name in curves] == [100, 3]
-    assert rows[0][2] + rows[0][0] / 2 == pytest.approx(1) or rows[0][0] + rows[0][2] / 2 == pytest.approx(1)
+    curves = {
+        "all": Curve(recall=np.linspace(0, 0.8, 5), precision=np.linspace(1, 0.5, 5)),
+        "hard": Curve(recall=np.array([0.1, 0.2]), precision=np.array([0.9, 0.7])),
+    }
+    table = precision_recall_chart(curves, points=3).table
+    # Recall lies on the x axis; the last point of a curve is always there.
+    assert table.columns == ["step", "lineKey", "lineVal"]
+    assert sorted((name, x, y) for x, name, y in table.data) == [
+        ("all", 0.0, 1.0), ("all", 0.4, 0.75), ("all", 0.8, 0.5), ("hard", 0.1, 0.9), ("hard", 0.2, 0.7)
+    ]  # fmt: skip
 
 
 def test_the_report_is_a_run_of_its_own(wandb_offline, tmp_path, monkeypatch):

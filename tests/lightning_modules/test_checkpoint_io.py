@@ -119,6 +119,12 @@ def test_what_a_requeued_job_saved_goes_with_the_next_checkpoint(tmp_path):
     assert names(tmp_path) == {"last.ckpt", "last.ckpt.previous"}
 
 
+def test_what_cannot_be_deleted_is_one_line(tmp_path):
+    (tmp_path / "requeued.ckpt").mkdir()
+    with pytest.raises(InputError, match=r"last.ckpt: cannot be written"):
+        save(tmp_path / "last.ckpt", 1.0)
+
+
 def test_the_checkpoint_furthest_on_whatever_the_clock_says(tmp_path):
     """The clock was set back before each save, so every file is older than the one that it came after."""
     assert newest_checkpoint(tmp_path / "nowhere") is None
@@ -141,6 +147,15 @@ def test_the_checkpoint_furthest_on_whatever_the_clock_says(tmp_path):
     assert newest_checkpoint(tmp_path) == last
     last.unlink()  # as if killed between the two renamings
     assert newest_checkpoint(tmp_path) == previous_of(last)
+
+
+def test_only_what_is_taken_is_read_as_a_whole(tmp_path, monkeypatch):
+    for name, value in (("last", 2.0), ("last", 3.0), ("best", 1.0)):
+        save(tmp_path / f"{name}.ckpt", value)
+    read = []
+    monkeypatch.setattr(checkpoint_io, "is_whole", lambda path: read.append(path) or len(read) > 2)
+    assert newest_checkpoint(tmp_path) == tmp_path / "best.ckpt"
+    assert read == [tmp_path / "last.ckpt", tmp_path / "last.ckpt.previous", tmp_path / "best.ckpt"]
 
 
 def test_a_run_begun_anew_in_the_same_folder_comes_before_what_it_replaced(tmp_path):

@@ -365,8 +365,7 @@ def test_batch_norms_of_a_fake_quantized_student_stay_apart_and_that_is_said(
         fit(CompressionModule(str(original)), tiny_root, tmp_path, callbacks=callbacks, fast_dev_run=True)
 
 
-def test_batch_norms_cannot_be_synchronised_without_gpus(tiny_root, tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(L.Trainer, "world_size", 2)
+def test_batch_norms_cannot_be_synchronised_without_gpus(tiny_root, tiny_checkpoint, tmp_path):
     module = CompressionModule(str(tiny_checkpoint))
     with pytest.raises(InputError, match="trainer: sync_batchnorm needs GPUs"):
         fit(module, tiny_root, tmp_path, callbacks=[AskForSyncBatchNorm()], fast_dev_run=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import train
+from lightning_modules import RetinaFaceModule, step_benchmark
 from lightning_modules.step_benchmark import StepProfiler
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -55,16 +56,47 @@ def test_every_part_of_a_stages_step_is_timed(benchmark, tiny_checkpoint, tmp_pa
     assert f"{figures['images_per_second']:.1f} images/s" in shown
 
 
+def test_a_step_is_a_batch_where_gradients_are_accumulated_over_the_end_of_an_epoch(benchmark, tmp_path):
+    """Epochs of 2 batches, each of which ends with an optimizer step."""
+    file = tmp_path / "step.json"
+    options = ["--trainer.accelerator=cpu", "--trainer.accumulate_grad_batches=3", "--warmup=1", "--steps=4"]
+    benchmark("stage/teacher.yaml", *options, f"--json={file}")
+    assert json.loads(file.read_text())["steps"] == 4
+
+
+def test_a_stage_without_steps_is_one_line(benchmark, monkeypatch, capsys):
+    # As callbacks.PostTrainingQuantization does.
+    monkeypatch.setattr(
+        RetinaFaceModule,
+        "setup",
+        lambda module, stage: setattr(module.trainer.fit_loop, "max_epochs", 0),
+        raising=False,
+    )
+    with pytest.raises(SystemExit):
+        benchmark("stage/teacher.yaml")
+    assert "error: benchmark: this stage trains no steps; give" in capsys.readouterr().err
+
+
 def test_bad_numbers_are_one_line(benchmark, capsys):
     with pytest.raises(SystemExit):
         benchmark("stage/teacher.yaml", "--steps=0")
     assert "error: steps: expected at least 1, found 0" in capsys.readouterr().err
 
 
+def test_no_mark_before_the_process_has_its_gpu(monkeypatch):
+    marks = []
+    monkeypatch.setattr(step_benchmark, "_gpu_mark", lambda: marks.append("mark"))
+    profiler = StepProfiler(torch.device("cuda", 1))
+    assert not marks
+    profiler.setup("fit")
+    assert marks
+
+
 def test_parts_within_others_are_taken_out(monkeypatch):
     times = iter(range(100))
     monkeypatch.setattr("time.perf_counter", lambda: next(times) / 1e3)
     profiler = StepProfiler(torch.device("cpu"))
+    profiler.setup("fit")
     with profiler.profile("[_TrainingEpochLoop].train_dataloader_next"):  # 1 to 2
         pass
     with profiler.profile("run_training_batch"), profiler.profile("[LightningModule]Module.optimizer_step"):  # 3 to 10

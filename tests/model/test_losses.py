@@ -179,6 +179,14 @@ def test_mean_over_processes_is_the_loss_of_one_with_all_pictures(in_two_process
         assert torch.allclose((first + second) / 2, whole) == (divisor is shared_divisor)
 
 
+def test_what_is_not_a_number_in_one_process_stays_there(in_two_processes):
+    first, second = in_two_processes(
+        lambda own: own / shared_divisor(own), torch.tensor([torch.nan, 2.0]), torch.ones(2) * 4
+    )
+    assert second.tolist() == [2, pytest.approx(4 / 3)]
+    assert first.isnan().tolist() == [True, False]
+
+
 def test_without_other_processes_the_own_counts_are_shared():
     counts = torch.tensor([0, 3])
     assert shared_divisor(counts).tolist() == own_divisor(counts).tolist() == [1, 3]
