@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_modules.checkpoint_io import REQUEUED
-from retinaface.slurm import SAVED, requeue_job
+from retinaface.slurm import SAVED, is_preempted, requeue_job
 
 _VALIDATION = "epoch_loop.val_loop.batch_progress"
 
@@ -21,8 +21,9 @@ _VALIDATION = "epoch_loop.val_loop.batch_progress"
 class Requeue(L.Callback):
     """Goes with ``configs/slurm/slurm.yaml``: a job that must end saves after the step that it is in, and ends.
 
-    SIGUSR2 (``#SBATCH --signal=USR2@300``: 300 seconds before the time limit) puts the job back into the queue; SIGTERM
-    (it is pre-empted or cancelled) leaves that to the cluster. All processes end after the same optimizer step, with
+    SIGUSR2 (``#SBATCH --signal=USR2@300``: 300 seconds before the time limit) puts the job back into the queue, and so
+    does SIGTERM where the job is pre-empted and has a time of grace; else (it is pre-empted at once, or cancelled) that
+    is left to the cluster. All processes end after the same optimizer step, with
     status 75, and ``--ckpt_path=last`` goes on with the next one. A validation is broken off and begun
     anew; an export that is under way goes on for as long as the cluster lets it, and is done again.
 
@@ -117,7 +118,8 @@ class Requeue(L.Callback):
         trainer.save_checkpoint(_file(trainer))
         place = f"epoch {trainer.current_epoch}, step {trainer.global_step}"
         rank_zero_info(f"requeue: the time is over in {place}; saved {_file(trainer)}")
-        if any_process(signal.SIGUSR2 in self._asked) and trainer.is_global_zero and not requeue_job():
+        time_over = any_process(signal.SIGUSR2 in self._asked)
+        if trainer.is_global_zero and (time_over or is_preempted()) and not requeue_job():
             rank_zero_info("requeue: the cluster did not take the job back; submit it again, and it goes on from there")
         trainer.strategy.barrier("requeue")  # srun ends all processes when the first one ends
         sys.exit(SAVED)

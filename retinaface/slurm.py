@@ -125,25 +125,24 @@ def cancel_jobs(jobs: Sequence[str]) -> None:
         subprocess.run(["scancel", *jobs], check=False)
 
 
-def as_step(command: Sequence[str], name: str) -> list[str]:
+def as_step(command: Sequence[str]) -> list[str]:
     """A training command as a step of the job that this process is in: once per task.
 
     Args:
         command: ``python train.py fit ...`` with ``configs/slurm/slurm.yaml`` among its configurations.
-        name: What W&B shall know the run by, with the job's number; a job that starts again goes on with the same
-            curves.
 
     Raises:
         InputError: This is no job, or it does not say how many tasks a node has.
     """
     try:
-        nodes, tasks, job = os.environ["SLURM_NNODES"], os.environ["SLURM_NTASKS_PER_NODE"], job_id()
+        nodes, tasks = os.environ["SLURM_NNODES"], os.environ["SLURM_NTASKS_PER_NODE"]
     except KeyError as error:
         raise InputError(
             f"{error.args[0]} is not set; --srun belongs into a job that was submitted with --ntasks-per-node"
         ) from error
-    # One process that fails would leave the others waiting for it.
-    srun = ["srun", "--kill-on-bad-exit=1", f"--export=ALL,WANDB_RUN_ID={name}-{job}"]
+    # One process that fails would leave the others waiting for it. A job that was submitted with another --export than
+    # ALL would hand that on.
+    srun = ["srun", "--kill-on-bad-exit=1", "--export=ALL"]
     return [*srun, *command, f"--trainer.num_nodes={nodes}", f"--trainer.devices={tasks}"]
 
 
@@ -155,6 +154,21 @@ def job_id() -> str:
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ["SLURM_JOB_ID"]
+
+
+def is_preempted() -> bool:
+    """Whether the job that this process is in still runs, for the time of grace before the cluster takes its place.
+
+    A job that ends by itself within that time has failed: the cluster would neither start it again, nor the jobs behind
+    it at all.
+    """
+    command = ["squeue", "--noheader", f"--jobs={job_id()}", "--Format=State,PreemptTime"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no squeue on this machine
+        return False
+    state, _, time = result.stdout.strip().partition(" ")
+    return state == "RUNNING" and time.strip() != "N/A"
 
 
 def requeue_job() -> bool:

@@ -1,4 +1,5 @@
 import getpass
+import json
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ import yaml
 
 import compress
 from retinaface.errors import InputError
-from retinaface.slurm import as_step, job_id, requeue_job
+from retinaface.slurm import as_step, is_preempted, job_id, requeue_job
 
 ROOT = Path(__file__).parents[1]
 SBATCH = """#!{python}
@@ -65,6 +66,8 @@ def test_a_chain_of_jobs(cluster, capsys):
     options = ["--submit", "slurm", "--partition", "fast", "--gpus=2", "--time", "8:00:00", "--sbatch=--account='a b'"]
     compress.main(["recipe.yaml", "--out", "out", "--trainer.max_epochs", "3", *options])
     script = str(ROOT / "configs" / "slurm" / "compress.sbatch")
+    group = json.loads((cluster / "out" / "run.json").read_text())["group"]
+    assert group.startswith("out-")
     recipe = ["recipe.yaml", "--out", "out", "--trainer.max_epochs", "3"]
     for number, (name, (words, venv, project)) in enumerate(
         zip(("teacher", "pruned", "report"), submitted(cluster), strict=True)
@@ -77,7 +80,7 @@ def test_a_chain_of_jobs(cluster, capsys):
         gpus = ["--gpus-per-node=2", "--ntasks-per-node=2"]
         common = ["--partition=fast", "--time=8:00:00", *gpus, "--account=a b"]
         assert words == [
-            *("--parsable", f"--job-name=out-{name}", log, *common, *own, *waits, script),
+            *("--parsable", f"--job-name={group}-{name}", log, *common, *own, *waits, script),
             *(*recipe, "--only", name),
         ]
         assert (venv, project) == (sys.prefix, str(ROOT))
@@ -94,6 +97,14 @@ def test_what_is_done_is_not_submitted(cluster, capsys):
     assert [words[-1] for words, *_ in submitted(cluster)] == ["pruned", "report"]
     assert "--dependency=singleton" in submitted(cluster)[0][0]
     assert "teacher: done before" in capsys.readouterr().out
+
+
+def test_a_folder_with_signs_that_mean_something_to_the_cluster(cluster, capsys):
+    compress.main(["recipe.yaml", "--out", "a, 50%", "--submit", "slurm"])
+    words = submitted(cluster)[0][0]
+    assert f"--output={cluster}/a, 50%%/slurm/teacher-%j.log" in words
+    assert re.fullmatch(r"--job-name=a--50--\w{6}-teacher", words[1])
+    assert f"tail -F '{cluster}/a, 50%/slurm'/*.log" in capsys.readouterr().out
 
 
 def one_line_error(capsys, *arguments):
@@ -151,7 +162,7 @@ def test_a_job_runs_its_stage_with_srun(cluster, commands, monkeypatch):
         monkeypatch.setenv(name, value)
     compress.main(["recipe.yaml", "--out", "out", "--only", "teacher", "--srun"])
     (command,) = commands
-    assert command[:3] == ["srun", "--kill-on-bad-exit=1", "--export=ALL,WANDB_RUN_ID=out-teacher-7"]
+    assert command[:3] == ["srun", "--kill-on-bad-exit=1", "--export=ALL"]
     assert command[-4:] == [
         *("--config", str(ROOT / "configs" / "slurm" / "slurm.yaml")),
         *("--trainer.num_nodes=3", "--trainer.devices=2"),
@@ -172,11 +183,45 @@ def test_a_recipe_may_go_on_without_the_cluster(cluster, commands, monkeypatch):
     assert commands[1][0] == sys.executable
 
 
+@pytest.mark.parametrize("preempted", [True, False])
+def test_a_stage_that_pre_emption_ends_is_started_again(preempted, cluster, monkeypatch, capsys):
+    for name, value in (("SLURM_NNODES", "1"), ("SLURM_NTASKS_PER_NODE", "1"), ("SLURM_JOB_ID", "7")):
+        monkeypatch.setenv(name, value)
+
+    def run(command):
+        raise subprocess.CalledProcessError(143, command)
+
+    monkeypatch.setattr(compress, "_run", run)
+    monkeypatch.setattr(compress, "is_preempted", lambda: preempted)
+    with pytest.raises(SystemExit, match="143"):
+        compress.main(["recipe.yaml", "--out", "out", "--only", "teacher", "--srun"])
+    assert (cluster / "scontrol").exists() is preempted
+    assert ("failed with status 143" in capsys.readouterr().out) is not preempted
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("RUNNING             2026-11-25T20:46:32 ", True),
+        ("RUNNING             N/A                 ", False),
+        ("COMPLETING          2026-11-25T20:46:32 ", False),  # it is cancelled, or in the queue again already
+        ("", False),
+    ],
+)
+def test_a_time_of_grace(answer, expected, cluster, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    program(cluster / "bin" / "squeue", f'#!/bin/sh\necho "$@" >> {cluster / "squeue"}\necho "{answer}"\n')
+    assert is_preempted() is expected
+    assert "--jobs=7" in (cluster / "squeue").read_text()
+    (cluster / "bin" / "squeue").unlink()
+    assert not is_preempted()
+
+
 def test_srun_outside_of_a_job(monkeypatch):
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
     monkeypatch.setenv("SLURM_NNODES", "1")
     with pytest.raises(InputError, match=r"SLURM_NTASKS_PER_NODE is not set; --srun belongs into a job"):
-        as_step(["python"], "run")
+        as_step(["python"])
 
 
 def test_the_job_is_asked_for_again(cluster, monkeypatch):
@@ -201,6 +246,61 @@ def test_batch_scripts_save_in_time_and_start_again(path):
     assert {"#SBATCH --signal=USR2@300", "#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(lines)
     # as_step and train.sbatch need the variable that this one sets.
     assert "#SBATCH --ntasks-per-node=1" in lines
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """Runs a command in a folder where python and srun are programs that say what they were called with."""
+    for name in ("python", "srun"):
+        program(tmp_path / "bin" / name, '#!/bin/sh\nprintf "%s\\n" "$@" "WANDB_DIR=$WANDB_DIR" "id=$WANDB_RUN_ID"\n')
+
+    def run(*command, **variables):
+        path = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "VENV": str(tmp_path)}
+        result = subprocess.run(
+            command, cwd=tmp_path, env={**path, **variables}, capture_output=True, text=True, check=True
+        )
+        return result.stdout.splitlines()
+
+    return run
+
+
+JOB = {"SLURM_JOB_NAME": "name", "SLURM_JOB_ID": "8", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "2"}
+
+
+@pytest.mark.parametrize(("given", "folder"), [({}, "runs/name-8"), ({"RUN": "mine/run/"}, "mine/run")])
+def test_a_single_training(given, folder, run_script, tmp_path):
+    script = ROOT / "configs" / "slurm" / "train.sbatch"
+    words = run_script("bash", str(script), "--config", "a b.yaml", **JOB, **given)
+    assert words[:3] == ["--kill-on-bad-exit=1", "--export=ALL", str(tmp_path / "bin" / "python")]
+    assert "a b.yaml" in words
+    assert {f"--trainer.default_root_dir={folder}", f"--checkpoint.dirpath={folder}/checkpoints"} <= set(words)
+    assert words[-2:] == [f"WANDB_DIR={folder}", f"id={Path(folder).name}"]
+    assert (tmp_path / folder).is_dir()  # W&B would take another one
+
+
+@pytest.mark.parametrize(("given", "folder"), [({}, "runs/name-5"), ({"RUN": "mine/"}, "mine")])
+def test_every_task_of_the_array_has_a_folder(given, folder, run_script):
+    array = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1"}
+    script = str(ROOT / "configs" / "slurm" / "ratios.sbatch")
+    words = run_script("bash", script, "recipe.yaml", **JOB, **array, **given)
+    ratio = "--pruned.trainer.callbacks.init_args.ratio=0.3"
+    assert words[:6] == ["compress.py", "recipe.yaml", "--out", f"{folder}/ratio-0.3", ratio, "--srun"]
+
+
+def test_every_run_of_the_sweep_has_a_folder(run_script):
+    sweep = yaml.safe_load((ROOT / "configs" / "slurm" / "sweep.yaml").read_text())
+    ((name, values),) = sweep["parameters"].items()
+    macros = {"${program}": sweep["program"], "${args}": f"--{name}={values['values'][0]}"}
+    command = [macros.get(word, word) for word in sweep["command"]]
+    assert sweep["command"][1] == "-c"
+    words = run_script(*command, WANDB_RUN_ID="abc")
+    assert words[:2] == ["train.py", "fit"]
+    assert all((ROOT / word.partition("=")[2]).is_file() for word in words if word.startswith("--config="))
+    ratio = "--trainer.callbacks.init_args.ratio=0.2"
+    assert words[-5:-2] == [
+        ratio,
+        *("--trainer.default_root_dir=runs/sweep/abc", "--checkpoint.dirpath=runs/sweep/abc/checkpoints"),
+    ]
 
 
 SLURM_CONF = """
@@ -233,14 +333,14 @@ import lightning as L
 from callbacks import Requeue
 
 class WaitForTheEnd(L.Callback):
-    # Until the time limit is near, in the third step, when the job runs for the first time.
+    # Until the time limit is near, in the third step of four, when the job runs for the first time.
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         (requeue,) = [each for each in trainer.callbacks if isinstance(each, Requeue)]
         while trainer.global_step == 2 and "SLURM_RESTART_COUNT" not in os.environ and not requeue._asked:
             Path(trainer.default_root_dir, "waiting").touch()
             time.sleep(0.1)
 """
-PHOTOS = {"train_photos": 12, "val_photos": 3, "photo_size": 96, "train_size": 64, "batch_size": 2, "num_workers": 1}
+PHOTOS = {"train_photos": 16, "val_photos": 3, "photo_size": 96, "train_size": 64, "batch_size": 2, "num_workers": 1}
 
 
 def free_ports(number):
@@ -294,6 +394,7 @@ def write_real_recipe(folder):
     common = {"trainer.accelerator": "cpu", **{f"data.init_args.{name}": value for name, value in PHOTOS.items()}}
     teacher = {"trainer.max_epochs": 2, "model.init_args.network.channels": 16}
     pruned = {f"model.init_args.{role}": "${teacher}" for role in ("student", "teacher")}
+    int8 = {"model.init_args.student": "${pruned}", "model.init_args.teacher": "${teacher}"}
     synthetic = "data/synthetic_faces.yaml"
     stages = [
         {
@@ -305,6 +406,16 @@ def write_real_recipe(folder):
             "name": "pruned",
             "config": [synthetic, "stage/prune.yaml"],
             "options": {**common, **pruned, "trainer.max_epochs": 1},
+        },
+        {
+            "name": "ptq",
+            "config": [synthetic, "stage/ptq.yaml"],
+            "options": {**common, "model.init_args.student": "${pruned}"},
+        },
+        {
+            "name": "int8",
+            "config": [synthetic, "stage/qat.yaml"],
+            "options": {**common, **int8, "trainer.max_epochs": 1},
         },
     ]
     content = {"description": "for tests", "root": str(folder / "photos"), "size": 64, "stages": stages}
@@ -335,7 +446,7 @@ def test_a_job_whose_time_is_over_goes_on_and_the_chain_ends(real_cluster, tmp_p
     write_real_recipe(tmp_path)
     (tmp_path / "slow.py").write_text(SLOW)
     wait = "--teacher.trainer.callbacks+=slow.WaitForTheEnd"
-    teacher, _, _ = jobs = run_compress(tmp_path, "--out", "cut", wait, *TWO_TASKS)
+    teacher, *_ = jobs = run_compress(tmp_path, "--out", "cut", wait, *TWO_TASKS)
     logs = tmp_path / "cut" / "slurm"
     saved = tmp_path / "cut" / "teacher" / "checkpoints" / "requeued.ckpt"
     assert wait_until((tmp_path / "cut" / "teacher" / "waiting").exists, 400), ask("squeue")
@@ -345,33 +456,28 @@ def test_a_job_whose_time_is_over_goes_on_and_the_chain_ends(real_cluster, tmp_p
     assert wait_until(lambda: "JobState=PENDING" in ask("scontrol", "show", "job", teacher), 60)
     now = ["StartTime=now", "TimeLimit=60"]  # instead of in two minutes, for two minutes
     subprocess.run(["scontrol", "update", f"jobid={teacher}", *now], check=True)
-    assert wait_until(lambda: not ask("squeue", "-h", f"--jobs={','.join(jobs)}"), 400), ask("squeue")
+    assert wait_until(lambda: not ask("squeue", "-h", f"--jobs={','.join(jobs)}"), 1200), ask("squeue")
     output = {name: (logs / f"{name}-{job}.log").read_text() for name, job in zip(STAGES, jobs, strict=True)}
     assert "requeue: the time is over in epoch 0, step 3" in output["teacher"]
-    assert "[1/2] teacher: resuming" in output["teacher"]
+    assert "[1/4] teacher: resuming" in output["teacher"]
     assert "did not take the job back" not in output["teacher"]
     assert "Traceback" not in output["teacher"]
     assert "report.md" in output["report"]
     assert (tmp_path / "cut" / "report.json").is_file()
     assert not saved.exists()
 
-    whole = [sys.executable, str(ROOT / "train.py"), *teacher_arguments(tmp_path, "whole"), "--trainer.devices=2"]
-    subprocess.run(whole, cwd=tmp_path, check=True)
-    cut, whole = (
-        torch.load(tmp_path / run / "teacher" / "checkpoints" / "last.ckpt", weights_only=True)
-        for run in ("cut", "whole")
-    )
-    assert cut["global_step"] == whole["global_step"] == 6
-    different = [name for name, value in whole["state_dict"].items() if not torch.equal(cut["state_dict"][name], value)]
-    assert not different
+    run_compress(tmp_path, "--out", "whole", "--trainer.devices=2")
+    for name, steps in (("teacher", 8), ("pruned", 4), ("ptq", 0), ("int8", 4)):
+        cut, whole = (
+            torch.load(tmp_path / run / name / "checkpoints" / "last.ckpt", weights_only=True)
+            for run in ("cut", "whole")
+        )
+        assert cut["global_step"] == whole["global_step"] == steps
+        assert cut["state_dict"].keys() == whole["state_dict"].keys()
+        assert all(torch.equal(cut["state_dict"][key], value) for key, value in whole["state_dict"].items()), name
 
 
-STAGES = ("teacher", "pruned", "report")
-
-
-def teacher_arguments(folder, out):
-    run = compress.parse_arguments([str(folder / "recipe.yaml"), "--out", str(folder / out)])
-    return run.arguments(run.recipe.stages[0])
+STAGES = ("teacher", "pruned", "ptq", "int8", "report")
 
 
 @pytest.mark.slow
@@ -382,5 +488,5 @@ def test_a_stage_that_fails_stops_the_chain(real_cluster, tmp_path):
     assert wait_until(lambda: not ask("squeue", "-h", f"--jobs={','.join(jobs)}"), 200), ask("squeue")
     log = (tmp_path / "out" / "slurm" / f"teacher-{jobs[0]}.log").read_text()
     assert "error: optimizer: learning_rate is -1" in log
-    assert "[1/2] teacher: failed with status 2" in log
+    assert "[1/4] teacher: failed with status 2" in log
     assert {file.name for file in (tmp_path / "out" / "slurm").iterdir()} == {f"teacher-{jobs[0]}.log"}

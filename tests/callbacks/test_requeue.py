@@ -45,6 +45,7 @@ def requeued(monkeypatch):
         monkeypatch.setenv(name, value)
     calls = []
     monkeypatch.setattr("callbacks.requeue.requeue_job", lambda: calls.append(os.environ["SLURM_JOB_ID"]) or True)
+    monkeypatch.setattr("callbacks.requeue.is_preempted", lambda: False)
     return calls
 
 
@@ -178,6 +179,13 @@ def test_goes_on_after_the_step(number, when, steps, tmp_path, requeued):
     last = torch.load(tmp_path / "cut" / "last.ckpt")
     assert (last["epoch"], last["global_step"]) == (EPOCHS - 1, EPOCHS * STEPS)
     assert not list(tmp_path.rglob("requeued.ckpt*"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_job_that_is_preempted_with_grace_is_queued_again(tmp_path, requeued, monkeypatch):
+    monkeypatch.setattr("callbacks.requeue.is_preempted", lambda: True)
+    fit(tmp_path, Ask(signal.SIGTERM, "on_train_batch_start", 0))
+    assert requeued == ["77"]
 
 
 @pytest.mark.filterwarnings("ignore")
