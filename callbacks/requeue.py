@@ -118,6 +118,8 @@ class Requeue(L.Callback):
         trainer.save_checkpoint(_file(trainer))
         place = f"epoch {trainer.current_epoch}, step {trainer.global_step}"
         rank_zero_info(f"requeue: the time is over in {place}; saved {_file(trainer)}")
+        for logger in trainer.loggers:  # the cluster may not wait for what they would do at the process's end
+            logger.finalize("requeued")
         time_over = any_process(signal.SIGUSR2 in self._asked)
         if trainer.is_global_zero and (time_over or is_preempted()) and not requeue_job():
             rank_zero_info("requeue: the cluster did not take the job back; submit it again, and it goes on from there")

@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 
@@ -47,3 +48,10 @@ class WandbLogger(LightningWandbLogger):
             self._wandb_init["mode"] = "offline" if self._offline else run_mode(Path(self.save_dir or "."))
         with wandb_refusals():
             return super().experiment
+
+    @override
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+        if status == "requeued" and self._experiment is not None:
+            self._experiment.finish()  # W&B's own process would be ended together with this one

@@ -8,6 +8,7 @@ from unittest.mock import MagicMock
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch import nn
 from torch.utils.data import DataLoader
@@ -186,6 +187,20 @@ def test_a_job_that_is_preempted_with_grace_is_queued_again(tmp_path, requeued, 
     monkeypatch.setattr("callbacks.requeue.is_preempted", lambda: True)
     fit(tmp_path, Ask(signal.SIGTERM, "on_train_batch_start", 0))
     assert requeued == ["77"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_loggers_have_ended_when_the_cluster_is_asked(tmp_path, requeued):
+    class LastWords(DummyLogger):
+        def finalize(self, status):
+            requeued.append(status)
+
+    class Log(L.Callback):
+        def on_fit_start(self, trainer, module):
+            trainer.loggers = [LastWords()]
+
+    fit(tmp_path, Ask(signal.SIGUSR2, "on_train_batch_start", 0), Log())
+    assert requeued[:2] == ["requeued", "77"]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -67,3 +67,15 @@ def test_other_processes_begin_no_run(wandb_offline, monkeypatch, begun):
     WandbLogger("faces").log_metrics({"x": 1.0})
     _ = WandbLogger("faces").experiment
     assert begun == []
+
+
+def test_a_run_ends_before_its_job_is_requeued(wandb_offline, tmp_path):
+    logger = WandbLogger("faces", save_dir=str(tmp_path))
+    logger.log_metrics({"x": 1.0})
+    run = logger.experiment
+    logger.finalize("failed")
+    assert wandb.run is run
+    logger.finalize("requeued")
+    assert wandb.run is None
+    (found,) = wandb_offline()
+    assert found.history["x"] == [1.0]
