@@ -16,7 +16,6 @@ from lightning.pytorch.profilers import Profiler
 from rich.console import Console
 from typing_extensions import override
 
-from datamodules import WiderFaceDataModule
 from retinaface.errors import InputError
 from retinaface.evaluation.benchmark import machine_facts
 from retinaface.evaluation.benchmark_step import OTHER, StepTimings, step_table, step_timings
@@ -40,7 +39,7 @@ class BenchmarkTrainer(L.Trainer):
     def benchmark(
         self,
         model: L.LightningModule,
-        datamodule: WiderFaceDataModule,
+        datamodule: L.LightningDataModule,
         steps: int = 20,
         warmup: int = 5,
         json: Path | None = None,
@@ -53,7 +52,7 @@ class BenchmarkTrainer(L.Trainer):
 
         Args:
             model: What is trained.
-            datamodule: With what.
+            datamodule: With what; it has a ``batch_size``.
             steps: Steps to time.
             warmup: Steps before these.
             json: Also write the figures to this file.
@@ -76,10 +75,11 @@ class BenchmarkTrainer(L.Trainer):
         )
         self.callbacks.append(watch)  # type: ignore[attr-defined]
         self.fit(model, datamodule=datamodule)
-        timings = profiler.timings(warmup, datamodule.batch_size * self.world_size)
+        batch_size = self.datamodule.batch_size  # type: ignore[attr-defined]
+        timings = profiler.timings(warmup, batch_size * self.world_size)
         if not timings.steps:
             raise InputError("benchmark: this stage trains no steps; give the configuration of one that does")
-        facts |= {"batch_size": datamodule.batch_size, **timings.figures()}
+        facts |= {"batch_size": batch_size, **timings.figures()}
         if self.is_global_zero:
             _show(timings, facts)
             if json is not None:

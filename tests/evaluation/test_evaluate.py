@@ -255,7 +255,7 @@ def test_wandb_that_refuses_is_one_line(monkeypatch):
 
     monkeypatch.setattr(wandb, "init", refuse)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    with pytest.raises(InputError, match="W&B project faces: No API key configured; log in"):
+    with pytest.raises(InputError, match="W&B: No API key configured; log in"):
         send_to_wandb("faces", {}, {})
 
 
