@@ -6,10 +6,11 @@ import re
 import struct
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 from threading import Barrier, get_ident
 from types import ModuleType, SimpleNamespace
@@ -110,6 +111,16 @@ def _leave_nothing_behind() -> Iterator[None]:
 
 def _names() -> set[str]:
     return {path.name for path in ROOT.iterdir()} - CACHES
+
+
+@pytest.fixture
+def in_own_process() -> Iterator[Callable[..., Any]]:
+    """Calls a function in a process of its own, for tests in which a loader process dies.
+
+    torch tells of it in whatever Python does when any child process ends, so long as the loader exists.
+    """
+    with ProcessPoolExecutor(1, get_context("fork")) as process:
+        yield lambda function, *arguments: process.submit(function, *arguments).result(timeout=120)
 
 
 @pytest.fixture(scope="session")
