@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import struct
 import sys
 from collections.abc import Callable, Iterator
@@ -101,7 +102,10 @@ def _leave_nothing_behind() -> Iterator[None]:
     torch.manual_seed(0)
     environment = dict(os.environ)
     names = _names()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
+    for number, handler in handlers.items():  # Lightning ignores SIGINT from the first one on
+        signal.signal(number, handler)
     torch.set_num_threads(1)  # where the test chose another number
     os.environ.clear()
     os.environ.update(environment)

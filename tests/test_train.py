@@ -5,9 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import redirect_stderr
-from io import StringIO
-from multiprocessing import active_children
 from pathlib import Path
 
 import lightning as L
@@ -270,35 +267,21 @@ def test_truncated_photo_to_train_on_is_skipped_with_a_warning(tiny_root, tmp_pa
     assert cli.datamodule.skipped_files == {str(photo)}
 
 
-class KillWorkerInSecondEpoch(L.Callback):
-    """What the system does when memory is short."""
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if trainer.current_epoch == 1:
-            for worker in active_children():
-                os.kill(worker.pid, signal.SIGKILL)
-
-
-def fit_until_a_worker_dies(args):
-    """The status and what was said."""
-    with pytest.MonkeyPatch.context() as patch, redirect_stderr(StringIO()) as said:
-        patch.setattr("callbacks.ImageLogging", KillWorkerInSecondEpoch)
-        with pytest.raises(SystemExit) as stop:
-            train.main(args)
-        return stop.value.code, said.getvalue()
-
-
-def test_a_dead_worker_is_one_line_and_the_same_command_goes_on(tiny_root, tmp_path, in_own_process, no_export):
-    more = [*one_run_in(tmp_path, epochs=2), "--data.init_args.num_workers=1", "--ckpt_path=last"]
-    code, said = in_own_process(fit_until_a_worker_dies, arguments(tiny_root, *TEACHER, more=more))
-    assert code == 2
-    (error,) = (line for line in said.splitlines() if line.startswith("error:"))
-    assert "Traceback" not in said
+@pytest.mark.slow
+def test_a_dead_worker_is_one_line_and_the_same_command_goes_on(tiny_root, tmp_path, no_export):
+    args = arguments(tiny_root, *TEACHER, more=[*one_run_in(tmp_path, epochs=2), "--ckpt_path=last"])
+    args += ["--data.init_args.num_workers=1"]
+    command = [sys.executable, str(ROOT / "tests" / "callbacks" / "stage_process.py"), *args]
+    dies = "--trainer.callbacks+=stage_process.KillLoaderInSecondEpoch"
+    result = subprocess.run([*command, dies], capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stderr
+    (error,) = (line for line in result.stderr.splitlines() if line.startswith("error:"))
+    assert "Traceback" not in result.stderr
     assert error.startswith("error: data: ")  # a dead process or a closed connection, whatever was noticed first
     assert "lower data.init_args.num_workers" in error
     last = tmp_path / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["epoch"] == 0
-    train.main(arguments(tiny_root, *TEACHER, more=more))
+    train.main(args)
     assert torch.load(last, weights_only=True)["epoch"] == 1
 
 

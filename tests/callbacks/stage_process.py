@@ -6,6 +6,7 @@ As ``stage_process.<class>`` the callbacks can be named on the command line.
 import os
 import signal
 import sys
+from multiprocessing import active_children
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,15 @@ class KillInSecondEpoch(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.current_epoch == 1:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillLoaderInSecondEpoch(L.Callback):
+    """Ends the processes that load photos, as the system does when memory is short."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.current_epoch == 1:
+            for worker in active_children():
+                os.kill(worker.pid, signal.SIGKILL)
 
 
 class SpoilLandmarks(L.Callback):
