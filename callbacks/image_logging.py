@@ -30,7 +30,6 @@ class ImageLogging(L.Callback):
     def __init__(self, photos: int = 8, score_threshold: float = 0.5) -> None:
         self.photos = photos
         self.score_threshold = score_threshold
-        self._drawn: list[NDArray[np.uint8]] = []
         self._found: list[tuple[NDArray[np.uint8], Detections]] = []
 
     @override
@@ -51,7 +50,7 @@ class ImageLogging(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        wanted = self.photos - len(self._drawn)
+        wanted = self.photos - len(self._found)
         trial = trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]
         if wanted <= 0 or trial or not trainer.is_global_zero:
             return
@@ -63,22 +62,17 @@ class ImageLogging(L.Callback):
         for image, (height, width), faces in zip(images, batch["sizes"].tolist(), found, strict=False):
             picture = np.ascontiguousarray(image[:, :height, :width].permute(1, 2, 0).cpu().numpy())
             self._found.append((picture, faces))
-            self._drawn.append(
-                draw_detections(
-                    picture, faces.boxes.cpu().numpy(), faces.scores.cpu().numpy(), faces.landmarks.cpu().numpy()
-                )
-            )
 
     @override
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self._drawn:
+        if not self._found:
             return
-        sheet, found = contact_sheet(self._drawn), self._found
-        self._drawn, self._found = [], []
+        found, self._found = self._found, []
+        sheet = contact_sheet([_draw(picture, faces) for picture, faces in found])
         _publish(trainer, sheet, "val/detections", f"detections/epoch_{trainer.current_epoch:03d}.jpg")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                pictures = [np.ascontiguousarray(picture[..., ::-1]) for picture, _ in found]
+                pictures = [_as_rgb(picture) for picture, _ in found]
                 boxes = [wandb_boxes(faces) for _, faces in found]
                 logger.log_image("val/faces", pictures, boxes=boxes)
 
@@ -110,6 +104,16 @@ def wandb_boxes(faces: Detections) -> dict[str, Any]:
     }
 
 
+def _draw(picture: NDArray[np.uint8], faces: Detections) -> NDArray[np.uint8]:
+    return draw_detections(
+        picture, faces.boxes.cpu().numpy(), faces.scores.cpu().numpy(), faces.landmarks.cpu().numpy()
+    )
+
+
+def _as_rgb(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(picture[..., ::-1])
+
+
 def _publish(trainer: L.Trainer, sheet: NDArray[np.uint8], name: str, file: str) -> None:
     """Writes a sheet to the trainer's root folder and sends it to the loggers that take pictures."""
     path = Path(trainer.default_root_dir) / file
@@ -126,7 +130,7 @@ def send_picture(trainer: L.Trainer, picture: NDArray[np.uint8], name: str) -> N
         picture: ``(H, W, 3)`` uint8 BGR.
         name: What to call it there.
     """
-    picture = np.ascontiguousarray(picture[..., ::-1])
+    picture = _as_rgb(picture)
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_image(name, [picture])

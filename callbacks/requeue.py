@@ -23,9 +23,9 @@ class Requeue(L.Callback):
 
     SIGUSR2 (``#SBATCH --signal=USR2@300``: 300 seconds before the time limit) puts the job back into the queue, and so
     does SIGTERM where the job is pre-empted and has a time of grace; else (it is pre-empted at once, or cancelled) that
-    is left to the cluster. All processes end after the same optimizer step, with
-    status 75, and ``--ckpt_path=last`` goes on with the next one. A validation is broken off and begun
-    anew; an export that is under way goes on for as long as the cluster lets it, and is done again.
+    is left to the cluster. All processes end after the same optimizer step, with status 75, and ``--ckpt_path=last``
+    goes on with the next one. A validation is broken off and begun anew; an export that is under way goes on for as
+    long as the cluster lets it, and is done again.
 
     The checkpoint is ``requeued.ckpt`` beside those of ``ModelCheckpoint``; the next one of those deletes it. In the
     list of callbacks this one belongs behind all that change something after a step.

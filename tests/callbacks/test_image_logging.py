@@ -33,7 +33,7 @@ def test_sheet_of_the_first_photos_goes_to_the_logger(
 
     def count(self, *arguments):
         real(self, *arguments)
-        drawn.append(len(self._drawn))
+        drawn.append(len(self._found))
 
     monkeypatch.setattr(ImageLogging, "on_validation_batch_end", count)
     trainer = L.Trainer(
