@@ -121,9 +121,10 @@ def _names() -> set[str]:
 def in_own_process() -> Iterator[Callable[..., Any]]:
     """Calls a function in a process of its own, for tests in which a loader process dies.
 
-    torch tells of it in whatever Python does when any child process ends, so long as the loader exists.
+    torch tells of it in whatever Python does when any child process ends, so long as the loader exists. Not forked:
+    threads that hold locks here would hold them there for ever.
     """
-    with ProcessPoolExecutor(1, get_context("fork")) as process:
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
         yield lambda function, *arguments: process.submit(function, *arguments).result(timeout=120)
 
 

@@ -2,7 +2,9 @@
 
 import importlib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import onnxruntime as ort
@@ -101,7 +103,7 @@ def compile_for_openvino(path: Path, threads: int | None = None, device: str = _
         openvino = importlib.import_module("openvino")
     except ImportError as error:
         raise InputError(f"{path}: OpenVINO is not installed; run `pip install openvino`") from error
-    core = openvino.Core()
+    core = _openvino_core(openvino)
     known = [*core.available_devices, "AUTO"]
     if device.upper().split(".")[0].split(":")[0] not in {each.split(".")[0] for each in known}:
         raise InputError(f"device {device}: OpenVINO finds none of that name here; expected one of {', '.join(known)}")
@@ -109,3 +111,14 @@ def compile_for_openvino(path: Path, threads: int | None = None, device: str = _
         return core.compile_model(path, device.upper(), {"INFERENCE_NUM_THREADS": threads} if threads else {})
     except RuntimeError as error:
         raise InputError(f"{path}: OpenVINO cannot load it ({str(error).splitlines()[0][:160]})") from error
+
+
+@cache
+def _openvino_core(openvino: ModuleType) -> Any:  # noqa: ANN401
+    """The one core of this process.
+
+    A core's CPU plugin brings a stack for signal handlers, and when it goes, puts back the one that it found. Of two
+    cores that overlap, the later one may so put back a stack that is gone: the next signal, Ctrl-C for instance, ends
+    the process with a segmentation fault.
+    """
+    return openvino.Core()

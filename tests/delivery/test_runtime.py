@@ -1,10 +1,12 @@
 import dataclasses
 import importlib.util
 import json
+import subprocess
 import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -18,6 +20,8 @@ from retinaface.delivery.runtime import Detector, TorchRuntime, load_detector
 from retinaface.errors import InputError
 from retinaface.model.anchors import make_anchors
 from retinaface.model.network import NetworkConfig, normalize
+
+ROOT = Path(__file__).parents[2]
 
 needs_openvino = pytest.mark.skipif(
     not importlib.util.find_spec("openvino"), reason="OpenVINO is optional: pip install openvino"
@@ -233,6 +237,23 @@ def test_openvino_computes_what_onnxruntime_does(detectors, onnx_files):
     for ours, theirs in zip(detector.run(images), detectors["float.onnx"].run(images), strict=True):
         # On some CPUs it computes in bfloat16, which has 8 bits; layers add up.
         torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05 * float(theirs.std()))
+
+
+@needs_openvino
+def test_signals_are_heard_after_models_of_openvino(onnx_files):
+    code = """
+import os, signal, sys
+from pathlib import Path
+from retinaface.delivery.session import compile_for_openvino
+models = [compile_for_openvino(Path(sys.argv[1])) for _ in range(2)]
+while models:
+    models.pop(0)
+signal.signal(signal.SIGINT, lambda *_: print("heard"))
+os.kill(os.getpid(), signal.SIGINT)
+"""
+    command = [sys.executable, "-c", code, str(onnx_files["float"])]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, "heard\n"), result.stderr
 
 
 def test_providers_go_by_any_of_their_names(onnx_files):
