@@ -39,6 +39,7 @@ from retinaface.slurm import (
     requeue_job,
     submit_job,
 )
+from retinaface.whole_file import whole_file
 
 PROJECT = Path(__file__).resolve().parent
 CONFIGS = PROJECT / "configs"
@@ -437,9 +438,8 @@ def _remember(run: Run) -> None:
             )
     try:
         run.out.mkdir(parents=True, exist_ok=True)
-        part = note.with_name(f"{note.name}.part")
-        part.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        part.replace(note)
+        with whole_file(note) as part:
+            part.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{run.out}: cannot be written to ({error.strerror}); choose another --out") from error
 

@@ -25,7 +25,7 @@ from typing_extensions import override
 
 import callbacks  # noqa: F401  so that their classes can be named in a configuration
 import datamodules  # noqa: F401
-import lightning_modules  # noqa: F401
+from lightning_modules import CompressionModule
 from lightning_modules.checkpoint_io import newest_checkpoint, read_resumable
 from lightning_modules.step_benchmark import BenchmarkTrainer, benchmark_options
 from retinaface.data.loading import find_dead_worker
@@ -81,6 +81,8 @@ class RetinaFaceCLI(LightningCLI):
         super().instantiate_classes()
         if hasattr(signal, "pthread_sigmask"):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})  # see the top of this file
+        if self.subcommand in ("fit", "benchmark") and isinstance(self.model, CompressionModule):
+            self.model.require_student()  # the callbacks' setup comes before the model's own, and may take minutes
 
     def before_fit(self) -> None:
         """Tells the trainer now what it goes on from, so that callbacks know in their ``setup``; it would later.

@@ -82,12 +82,17 @@ class CompressionModule(RetinaFaceModule):
         """The network that is made small."""
         return self.network
 
-    @override
-    def setup(self, stage: str) -> None:
-        if stage == "fit" and not self._has_student:
+    def require_student(self) -> None:
+        """Raises an :class:`InputError` where there is nothing to compress."""
+        if not self._has_student:
             raise InputError(
                 "student: none given; give the checkpoint to start from with --model.init_args.student FILE"
             )
+
+    @override
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.require_student()
 
     @override
     def train(self, mode: bool = True) -> "CompressionModule":

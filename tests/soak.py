@@ -334,9 +334,9 @@ def check_whole(folder: Path) -> None:
     """Every file that bears its final name must be complete; those that are being written have other names."""
     for path in [*folder.rglob("*.ckpt"), *folder.rglob("*.ckpt.previous")]:
         read_resumable(path)
-    for path in [*folder.glob("*.onnx"), *folder.glob("*/model.onnx")]:
+    for path in [*folder.glob("[!.]*.onnx"), *folder.glob("*/model.onnx")]:
         onnx.checker.check_model(onnx.load(path), full_check=True)
-    for path in folder.glob("*.json"):
+    for path in folder.glob("[!.]*.json"):
         json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -5,7 +5,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import chain, count, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from retinaface.delivery.sources import Source, Video, is_photo, open_video
 from retinaface.errors import InputError
 from retinaface.model.postprocess import Detections
 from retinaface.progress import with_progress
+from retinaface.whole_file import whole_file
 
 Draw = Callable[[NDArray[np.uint8], NDArray[Any], NDArray[Any], NDArray[Any]], NDArray[np.uint8]]
 # The faces in a picture, and a copy of it with them drawn on it.
@@ -115,16 +116,16 @@ def detect_files(
                     unreadable.append(f"{source}: ends after {len(in_video.frames)} of {opened.count} frames")
             else:
                 found[str(source)], picture = find(opened)
-                with _complete(copies[source]) as part:
+                with _result_file(copies[source]) as part:
                     written, content = cv2.imencode(part.suffix, picture)
                     if not written:
                         raise InputError(
                             f"{copies[source]}: is no kind of file for this picture; convert {source} to PNG"
                         )
                     part.write_bytes(content.tobytes())
-    with _complete(out / "detections.json") as part:
+    with _result_file(out / "detections.json") as part:
         part.write_text(json.dumps({source: _plain(each) for source, each in found.items()}, indent=1) + "\n", "utf-8")
-    with _complete(out / "detections.csv") as part:
+    with _result_file(out / "detections.csv") as part:
         part.write_text(_as_csv(found), "utf-8", newline="")
     return found, unreadable
 
@@ -134,7 +135,7 @@ def _detect_video(find: Find, video: Video, copy: Path) -> tuple[VideoDetections
     found: list[Detections] = []
     writer = None
     stopped = False
-    with _complete(copy) as part:
+    with _result_file(copy) as part:
         try:
             for frame in with_progress(video, f"detecting in {video.source}"):
                 faces, picture = find(frame)
@@ -175,18 +176,12 @@ def _as_csv(found: Found) -> str:
 
 
 @contextmanager
-def _complete(path: Path) -> Iterator[Path]:
-    """Gives a file to write to, which becomes the one that is meant when it is complete; if there is one."""
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
+def _result_file(path: Path) -> Iterator[Path]:
     try:
-        yield part
-        if part.exists():
-            part.replace(path)
+        with whole_file(path) as part:
+            yield part
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
 
 
 def _copies(sources: Sequence[Source], out: Path) -> dict[Source, Path]:

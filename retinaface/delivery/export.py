@@ -2,7 +2,6 @@
 
 import json
 import logging
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -27,6 +26,7 @@ from retinaface.delivery.tensorrt import require_tensorrt_form
 from retinaface.errors import InputError
 from retinaface.model.boxes import VARIANCES
 from retinaface.model.network import DYNAMIC_SHAPE, Outputs, export_example, normalize, pad_small
+from retinaface.whole_file import whole_file
 
 METADATA_KEY = "retinaface_slim"
 INPUT_NAME = "images"
@@ -98,10 +98,10 @@ def export_onnx(
     settings = settings or OnnxSettings()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # made first: the export takes a while
+        with whole_file(path) as unchecked:
+            unchecked.touch()  # first, as the export takes a while
             graph = convert(network) if isinstance(network, FakeQuantizedRetinaFace) else deepcopy(network).cpu().eval()
             form = OnnxForm(graph, network.config, settings)
-            unchecked = Path(folder) / path.name
             model = _to_onnx(form)
             facts = {"opset": OPSET, **file_facts(network, settings)}
             facts |= _known(trained_on=trained_on, average_precision=average_precision)
@@ -109,12 +109,11 @@ def export_onnx(
             if isinstance(network, FakeQuantizedRetinaFace) and network.settings.backend == "tensorrt":
                 require_tensorrt_form(model)
             onnx.save(model, unchecked)
-            _check_outputs(form, network, unchecked, photos)
+            _check_outputs(form, network, unchecked, path.name, photos)
             _keep_outputs(model.graph, settings.output_names)
             onnx.checker.check_model(model, full_check=True)
             onnx.save(model, unchecked)
             open_session(unchecked)
-            unchecked.replace(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error}); choose another file") from error
 
@@ -258,7 +257,7 @@ def _part_zero_points(graph: onnx.GraphProto) -> None:
         taken.add(node.input[2])
 
 
-def _check_outputs(form: OnnxForm, network: Network, path: Path, photos: Sequence[Path]) -> None:
+def _check_outputs(form: OnnxForm, network: Network, path: Path, name: str, photos: Sequence[Path]) -> None:
     """Compares a file that gives the outputs of every step with torch."""
     # Where sums saturate the file is not to blame: ONNX Runtime can be told to compute exactly there.
     session = open_session(path, entries={"session.x64quantprecision": "1"} if saturates_int8() else None)
@@ -276,8 +275,8 @@ def _check_outputs(form: OnnxForm, network: Network, path: Path, photos: Sequenc
                 with quantized.without_rounding():
                     exact = quantized(images)
             compared.append(compare_outputs(form.network(images), exact, raw))
-            _check_steps(form, raw, later, (images.shape[2], images.shape[3]), path.name)
-    require_within(compared, quantized is not None, OUTPUT_NAMES, f"{path.name}: {{}} of ONNX Runtime")
+            _check_steps(form, raw, later, (images.shape[2], images.shape[3]), name)
+    require_within(compared, quantized is not None, OUTPUT_NAMES, f"{name}: {{}} of ONNX Runtime")
 
 
 def check_pictures(settings: OnnxSettings, photos: Sequence[Path], int8: bool) -> Iterator[Tensor]:

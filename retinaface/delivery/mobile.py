@@ -4,7 +4,6 @@ import importlib
 import importlib.util
 import json
 import logging
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from retinaface.delivery.export import METADATA_KEY, check_pictures, compare_out
 from retinaface.delivery.onnx_forms import OnnxForm, OnnxSettings
 from retinaface.errors import InputError
 from retinaface.model.network import normalize
+from retinaface.whole_file import whole_file
 
 USUAL_SIZE = (640, 640)
 """Height and width in pixels that a file takes where nothing else is said."""
@@ -75,10 +75,8 @@ def export_mobile(
     _check_outputs(form, network, program, path.name, photos)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            part = Path(folder) / path.name
+        with whole_file(path) as part:
             part.write_bytes(program)
-            part.replace(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error}); choose another file") from error
 

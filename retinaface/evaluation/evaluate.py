@@ -35,6 +35,7 @@ from retinaface.evaluation.wider_ap import (
 )
 from retinaface.model.postprocess import Detections
 from retinaface.progress import with_progress
+from retinaface.whole_file import whole_file
 
 # From this score on a person would be shown a face.
 SHOWN_SCORE = 0.5
@@ -392,7 +393,8 @@ def save_pictures(
 def save_worst_photos(photos: Sequence[Photo], file: Path) -> None:
     """Writes what :func:`draw_worst_photos` draws as a PNG file."""
     _, encoded = cv2.imencode(".png", draw_worst_photos(photos))
-    file.write_bytes(encoded.tobytes())
+    with whole_file(file) as part:
+        part.write_bytes(encoded.tobytes())
 
 
 def send_to_wandb(project: str, facts: Mapping[str, Any], pictures: Mapping[str, Path]) -> None:

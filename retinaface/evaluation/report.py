@@ -26,6 +26,7 @@ from retinaface.evaluation.report_text import kept_share, report_markdown
 from retinaface.evaluation.reproduction import Reproduction
 from retinaface.evaluation.visualize import plot_kept_channels, plot_report
 from retinaface.evaluation.wider_ap import SIZE_CLASSES, SUBSETS
+from retinaface.whole_file import whole_file
 
 
 def build_report(
@@ -124,10 +125,8 @@ def build_report(
 
 
 def _write(path: Path, text: str) -> None:
-    """Replaces a file in one step: whoever is interrupted, or reads meanwhile, has the old one or the new one."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def _accuracy(evaluation: Evaluation) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from retinaface.data.transforms import FACE, IGNORED
 from retinaface.evaluation.wider_ap import SUBSETS, Curve, area_under, judge_photo
+from retinaface.whole_file import whole_file
 
 if TYPE_CHECKING:
     from retinaface.evaluation.benchmark import Timing  # which would make `detect` wait for SciPy
@@ -493,7 +494,8 @@ def _colours(count: int) -> list[str]:
 
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=120)
 
 
 def _boxes(values: ArrayLike) -> NDArray[np.float64]:

@@ -307,7 +307,7 @@ def test_int8_is_judged_by_the_mean_over_the_pictures_and_a_little_by_each(
     form = OnnxForm(network, network.config, OnnxSettings())
     outcome = nullcontext() if right else pytest.raises(RuntimeError, match=r"class_logits .* differs from torch")
     with outcome:
-        under_test._check_outputs(form, checked, onnx_files[precision], [])
+        under_test._check_outputs(form, checked, onnx_files[precision], "it.onnx", [])
 
 
 def test_training_data_and_accuracy_where_known(network, quick_export, tmp_path):
