@@ -1,5 +1,6 @@
 """Makes a student small while a frozen teacher tells it what to say."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -30,6 +31,7 @@ class CompressionModule(RetinaFaceModule):
             holds all that it takes to evaluate.
         teacher: Checkpoint of the teacher, with the student's anchors; None trains on the labels alone.
         activation: Activation of the student instead of the one in its checkpoint: ``relu`` is faster in INT8.
+        keep_leaky_relu: With it, modules that keep LeakyReLU: those that stay in float, such as ``[backbone.*1]``.
         distillation: How much the teacher counts.
         optimizer: Optimizer and schedule.
         loss: Target assignment and loss against the labels.
@@ -48,6 +50,7 @@ class CompressionModule(RetinaFaceModule):
         student: str | None = None,
         teacher: str | None = None,
         activation: Activation | None = None,
+        keep_leaky_relu: Sequence[str] = (),
         distillation: DistillationSettings | None = None,
         optimizer: OptimizerSettings | None = None,
         loss: LossSettings | None = None,
@@ -57,6 +60,7 @@ class CompressionModule(RetinaFaceModule):
         super().__init__(
             weights=student,
             activation=activation,
+            keep_leaky_relu=keep_leaky_relu,
             optimizer=optimizer,
             loss=loss,
             compile_network=compile_network,

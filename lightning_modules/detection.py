@@ -97,6 +97,7 @@ class RetinaFaceModule(L.LightningModule):
         network: The network to build. With ``weights``, which say it better: what backbone and anchors they must have.
         weights: Public RetinaFace file (.pth) or one of this project's checkpoints (.ckpt) to start from.
         activation: Activation to train with from now on instead of the one in ``weights`` or ``network``.
+        keep_leaky_relu: With an ``activation`` of ``relu``, modules that keep LeakyReLU: ``[backbone.*1]``.
         backbone_weights: File with ImageNet weights of the backbone, or ``imagenet`` for torchvision's; only without
             ``weights``.
         optimizer: Optimizer and schedule.
@@ -108,7 +109,8 @@ class RetinaFaceModule(L.LightningModule):
             (``train.py benchmark`` compares them elsewhere); GPUs may gain with ``bf16-mixed``.
 
     Raises:
-        InputError: The weights cannot be read, or are those of another network than ``network``; when a fit begins, the
+        InputError: The weights cannot be read, or are those of another network than ``network``; ``keep_leaky_relu``
+            is given without an ``activation`` of ``relu``, or names what is not there; when a fit begins, the
             network is to be compiled and is fake-quantized, or batch norms are to be synchronised without GPUs.
     """
 
@@ -117,6 +119,7 @@ class RetinaFaceModule(L.LightningModule):
         network: NetworkConfig | None = None,
         weights: str | None = None,
         activation: Activation | None = None,
+        keep_leaky_relu: Sequence[str] = (),
         backbone_weights: str | None = None,
         optimizer: OptimizerSettings | None = None,
         loss: LossSettings | None = None,
@@ -130,15 +133,19 @@ class RetinaFaceModule(L.LightningModule):
         self.channels_last = channels_last
         self._compiled: Callable[[Tensor], Outputs] | None = None
         self.network: Network
+        if keep_leaky_relu and activation != "relu":
+            raise InputError("model: keep_leaky_relu says where LeakyReLU stays with activation: relu; set that too")
         if weights is None:
             config = network or NetworkConfig()
-            self.structure = Structure(config if activation is None else replace(config, activation=activation))
+            if activation is not None:
+                config = replace(config, activation=activation, keep_leaky_relu=keep_leaky_relu)
+            self.structure = Structure(config)
             self.network = self.structure.build()
             if backbone_weights is not None:
                 assert isinstance(self.network, RetinaFace)
                 load_imagenet_backbone(self.network, backbone_weights)
         else:
-            self.network, self.structure = load_float_network(weights, activation)
+            self.network, self.structure = load_float_network(weights, activation, keep_leaky_relu)
             if network is not None:
                 require_same(
                     "weights", weights, self.structure.network, network, ("backbone", "anchor_sizes", "strides")

@@ -1,6 +1,6 @@
 """What a checkpoint must say, besides weights, for the network to be built again."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -122,12 +122,15 @@ def _damaged(path: Path | str, error: Exception) -> InputError:
     )
 
 
-def load_float_network(path: Path | str, activation: Activation | None = None) -> tuple[RetinaFace, Structure]:
+def load_float_network(
+    path: Path | str, activation: Activation | None = None, keep_leaky_relu: Sequence[str] = ()
+) -> tuple[RetinaFace, Structure]:
     """Loads a network to train or compress further.
 
     Args:
         path: ``.ckpt`` or ``.pth``.
         activation: Activation to use from now on instead of the one in the file.
+        keep_leaky_relu: With it, as in :class:`NetworkConfig`.
 
     Returns:
         The network, and its structure.
@@ -138,9 +141,9 @@ def load_float_network(path: Path | str, activation: Activation | None = None) -
     network, structure = load_network(path)
     if not isinstance(network, RetinaFace):
         raise InputError(f"{path}: is quantized already; give the checkpoint of the stage before")
-    if activation is None or activation == structure.network.activation:
+    if activation is None:
         return network, structure
-    structure.network = replace(structure.network, activation=activation)
+    structure.network = replace(structure.network, activation=activation, keep_leaky_relu=keep_leaky_relu)
     changed = structure.build_float()
     changed.load_state_dict(network.state_dict())
     return changed.eval(), structure

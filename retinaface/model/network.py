@@ -46,6 +46,8 @@ class NetworkConfig:
         channels: Width of feature pyramid and context modules; 0 takes the published one (64 or 256).
         anchor_sizes: Side lengths in pixels of the square anchors at each level.
         strides: Pixels between anchor centres at each level: the last of 4, 8, 16, 32, in order.
+        keep_leaky_relu: Modules that keep LeakyReLU where ``activation`` is ``relu``, named as for
+            :func:`matching_modules`: those that stay in float, where either function costs the same.
     """
 
     backbone: Backbone = "mobilenet0.25"
@@ -53,6 +55,7 @@ class NetworkConfig:
     channels: int = 0
     anchor_sizes: Sequence[Sequence[int]] = ((16, 32), (64, 128), (256, 512))
     strides: Sequence[int] = (8, 16, 32)
+    keep_leaky_relu: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for name, choices in (("backbone", get_args(Backbone)), ("activation", get_args(Activation))):
@@ -61,6 +64,7 @@ class NetworkConfig:
         # Lists come from YAML and JSON; tuples compare equal and can be looked up in a cache.
         strides = tuple(self.strides)
         object.__setattr__(self, "strides", strides)
+        object.__setattr__(self, "keep_leaky_relu", tuple(self.keep_leaky_relu))
         object.__setattr__(self, "anchor_sizes", tuple(tuple(sizes) for sizes in self.anchor_sizes))
         if not strides or strides != BACKBONE_STRIDES[-len(strides) :]:
             raise InputError(
@@ -304,7 +308,7 @@ class RetinaFace(nn.Module):
     def __init__(self, config: NetworkConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or NetworkConfig()
-        activation = config.activation if config.backbone == "mobilenet0.25" else "relu"
+        activation = "leaky_relu" if config.backbone == "mobilenet0.25" else "relu"
         channels = config.channels or PYRAMID_CHANNELS[config.backbone]
         first = BACKBONE_STRIDES.index(config.strides[0])
         self.levels = slice(first, first + len(config.strides))
@@ -316,6 +320,9 @@ class RetinaFace(nn.Module):
         self.class_heads = nn.ModuleList(nn.Conv2d(channels, 2 * count, 1) for count in anchors)
         self.box_heads = nn.ModuleList(nn.Conv2d(channels, 4 * count, 1) for count in anchors)
         self.landmark_heads = nn.ModuleList(nn.Conv2d(channels, 10 * count, 1) for count in anchors)
+        kept = matching_modules(self, config.keep_leaky_relu, "network: keep_leaky_relu")
+        if config.activation == "relu":
+            _leaky_relu_to_relu(self, kept)
 
     def forward(self, images: Tensor) -> Outputs:
         """Runs the detector.
@@ -334,6 +341,12 @@ class RetinaFace(nn.Module):
             for heads, width in ((self.class_heads, 2), (self.box_heads, 4), (self.landmark_heads, 10))
         )
         return class_logits, box_deltas, landmark_deltas
+
+
+def _leaky_relu_to_relu(network: nn.Module, kept: Sequence[str]) -> None:
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.LeakyReLU) and not any(lies_in(name, each) for each in kept):
+            network.set_submodule(name, _activation("relu"))
 
 
 def _per_anchor(maps: Tensor, width: int) -> Tensor:

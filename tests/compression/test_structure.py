@@ -18,7 +18,13 @@ def run(network):
 
 def test_the_record_survives_a_file():
     structure = Structure(
-        NetworkConfig(activation="relu", channels=16, anchor_sizes=[[8], [16, 24]], strides=[16, 32]),
+        NetworkConfig(
+            activation="relu",
+            channels=16,
+            anchor_sizes=[[8], [16, 24]],
+            strides=[16, 32],
+            keep_leaky_relu=["backbone.*1"],
+        ),
         plans=[[("backbone.stage1.0.0", [1, 2])], [("fpn.merge.0.0", [3])]],
         quantization=QuantizationSettings(keep_float=("fpn",), averaging=0.1),
     )

@@ -110,6 +110,19 @@ def test_activation_holds_with_and_without_weights(tiny_checkpoint):
         assert not any(isinstance(submodule, torch.nn.LeakyReLU) for submodule in module.network.modules())
 
 
+def test_leaky_relu_is_kept_where_that_is_wanted(tiny_checkpoint):
+    for start in ({"network": NetworkConfig(channels=16)}, {"weights": str(tiny_checkpoint)}):
+        module = RetinaFaceModule(**start, activation="relu", keep_leaky_relu=["backbone.*1"])
+        leaky = [name for name, part in module.network.named_modules() if isinstance(part, torch.nn.LeakyReLU)]
+        assert leaky
+        assert all(name.startswith("backbone.stage1.") for name in leaky)
+        assert module.structure.network.keep_leaky_relu == module.network.config.keep_leaky_relu == ("backbone.*1",)
+    with pytest.raises(InputError, match="keep_leaky_relu says where LeakyReLU stays with activation: relu"):
+        RetinaFaceModule(weights=str(tiny_checkpoint), keep_leaky_relu=["backbone.*1"])
+    with pytest.raises(InputError, match=r"keep_leaky_relu names backbone\.stage9, which the network does not have"):
+        RetinaFaceModule(weights=str(tiny_checkpoint), activation="relu", keep_leaky_relu=["backbone.stage9"])
+
+
 def test_modules_learn_at_rates_of_their_own(tiny_checkpoint):
     """Over the whole schedule; the last that is named counts, and what is outside of the network learns as usual."""
     rates = {"backbone": 0.1, "backbone.*1": 0.5, "*_heads": 2.0}

@@ -120,6 +120,17 @@ def test_relu_instead_of_leaky_relu():
     assert nn.LeakyReLU not in kinds
 
 
+def test_relu_but_where_leaky_relu_is_kept():
+    published, changed = (
+        {name: type(module) for name, module in network.named_modules() if isinstance(module, nn.ReLU | nn.LeakyReLU)}
+        for network in (RetinaFace(), RetinaFace(NetworkConfig(activation="relu", keep_leaky_relu=["backbone.*1"])))
+    )
+    assert changed.keys() == published.keys()
+    leaky = {name for name, kind in changed.items() if kind is nn.LeakyReLU}
+    assert leaky == {name for name in published if name.startswith("backbone.stage1.")}
+    assert all(published[name] is nn.LeakyReLU for name in leaky)
+
+
 def test_export_with_dynamic_batch_height_and_width(tiny_network):
     auto = torch.export.Dim.AUTO
     shapes = ({0: auto, 2: auto, 3: auto},)
