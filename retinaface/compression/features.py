@@ -12,12 +12,17 @@ from retinaface.compression.quantizer import is_in, only_user
 from retinaface.compression.structure import Network
 from retinaface.model.network import NetworkConfig, RetinaFace
 
-# What gives the features: the pyramid, or the context modules after it.
-FeatureLevels = Literal["fpn", "ssh"]
+# What gives the features: the pyramid, the context modules after it, or both and the backbone before them.
+FeatureLevels = Literal["fpn", "ssh", "all"]
+
+_OF_BACKBONE = {  # at strides 4, 8, 16 and 32
+    "mobilenet0.25": ("backbone.stage1.3", "backbone.stage1.5", "backbone.stage2", "backbone.stage3"),
+    "resnet50": ("backbone.layer1", "backbone.layer2", "backbone.layer3", "backbone.layer4"),
+}
 
 
 class FeatureTap:
-    """Keeps the features of every forward pass of a network, a map per stride, finest first.
+    """Keeps the features of every forward pass of a network, for each kind a map per stride, finest first.
 
     It taps the network when it is made, until :meth:`close` or the end of a ``with`` block, and works in the same way
     for a float and for a fake-quantized network, whose features are those that the next layers read: rounded where
@@ -25,7 +30,8 @@ class FeatureTap:
 
     Args:
         network: Where the features come from.
-        levels: ``fpn``, the levels of the pyramid, or ``ssh``, those of the context modules.
+        levels: ``fpn``, the levels of the pyramid, ``ssh``, those of the context modules, or ``all``: the backbone's,
+            the pyramid's and the context modules'.
 
     Attributes:
         features: ``(B, C, H, W)`` each, of the newest forward pass, with its gradients; empty before the first.
@@ -43,7 +49,7 @@ class FeatureTap:
 
     @property
     def features(self) -> list[Tensor]:
-        """Finest first."""
+        """In the order of the levels."""
         return [self._maps[index] for index in sorted(self._maps)]
 
     def close(self) -> None:
@@ -61,9 +67,10 @@ class FeatureTap:
 def _last_modules(config: NetworkConfig, levels: FeatureLevels) -> list[str]:
     """Names of the modules whose outputs are the features."""
     count = len(config.strides)
-    if levels == "ssh":
-        return [f"ssh.{index}" for index in range(count)]
-    return [*(f"fpn.merge.{index}" for index in range(count - 1)), f"fpn.lateral.{count - 1}"]
+    context = [f"ssh.{index}" for index in range(count)]
+    pyramid = [*(f"fpn.merge.{index}" for index in range(count - 1)), f"fpn.lateral.{count - 1}"]
+    everything = [*_OF_BACKBONE[config.backbone][-count:], *pyramid, *context]
+    return {"fpn": pyramid, "ssh": context, "all": everything}[levels]
 
 
 def _outlet(network: Network, name: str) -> nn.Module:
@@ -88,7 +95,7 @@ def _graph_outlet(graph: GraphModule, name: str) -> nn.Module:
 
 
 def feature_widths(network: Network, levels: FeatureLevels) -> list[int]:
-    """Channels of the features, finest first; found by running the network on a small picture."""
+    """Channels of the features, in their order; found by running the network on a small picture."""
     training = network.training
     with FeatureTap(network, levels) as tap, torch.no_grad():
         network.eval()(torch.zeros(1, 3, 64, 64, device=next(network.parameters()).device))
@@ -105,7 +112,7 @@ def make_adapters(student: Iterable[int], teacher: Iterable[int]) -> nn.ModuleLi
 
     Returns:
         A module per level, with fresh weights: a 1x1 convolution where the widths differ, else nothing but a passage.
-        There are no biases, which neither of the feature losses would see.
+        There are no biases, which ``pkd`` and ``cwd`` would not see.
     """
     return nn.ModuleList(
         nn.Identity() if own == wanted else nn.Conv2d(own, wanted, 1, bias=False)

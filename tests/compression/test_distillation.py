@@ -9,6 +9,7 @@ from retinaface.compression.distillation import (
     class_weight,
     distillation_losses,
     giou_distillation,
+    hint_distillation,
     logit_distillation,
     pearson_distillation,
     teacher_certainty,
@@ -39,7 +40,7 @@ def test_nothing_to_learn_from_oneself(settings):
 
 def test_nothing_to_learn_from_own_features():
     outputs, features = random_outputs(), random_features(3, 4, 5)
-    for kind in ("pkd", "cwd"):
+    for kind in ("pkd", "cwd", "mse"):
         settings = DistillationSettings(features=1.0, feature_loss=kind)
         losses = distillation_losses(outputs, outputs, settings, features, features)
         assert losses["features"].item() == pytest.approx(0, abs=1e-6)
@@ -191,6 +192,24 @@ def test_channel_distillation_against_a_plain_restatement():
         torch.testing.assert_close(channel_distillation(student, teacher, temperature), expected)
 
 
+def test_hint_distillation_against_a_plain_restatement():
+    student, teacher = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5) * torch.tensor([0.5, 1, 9]).view(1, 3, 1, 1)
+    errors = [
+        ((student[:, channel] - wanted) ** 2).mean() / ((wanted - wanted.mean()) ** 2).mean()
+        for channel, wanted in enumerate(teacher.unbind(1))
+    ]
+    torch.testing.assert_close(hint_distillation(student, teacher), sum(errors) / 3, rtol=1e-3, atol=0)
+    mean = teacher.mean((0, 2, 3), keepdim=True).expand_as(teacher)
+    assert hint_distillation(mean, teacher).item() == pytest.approx(1, rel=1e-3)
+
+
+def test_a_channel_that_the_teacher_does_not_use_passes_a_gradient():
+    """The student's must become constant as well."""
+    student, teacher = torch.randn(2, 2, 3, 4, requires_grad=True), torch.zeros(2, 2, 3, 4)
+    hint_distillation(student, teacher).backward()
+    assert (student.grad.sign() == student.sign()).all()
+
+
 def test_features_are_averaged_over_levels():
     outputs, own, wanted = random_outputs(), random_features(3, 4, 5), random_features(3, 4, 5)
     settings = DistillationSettings(features=2.0, feature_loss="cwd", temperature=5.0)
@@ -245,7 +264,7 @@ def test_half_precision_is_compared_in_float(dtype):
         {"boxes": -1},
         {"features": float("nan")},
         {"box_loss": "iou"},
-        {"feature_loss": "mse"},
+        {"feature_loss": "l1"},
         {"feature_levels": "backbone"},
         {"teacher_precision": "int8"},
     ],

@@ -61,7 +61,18 @@ def test_features_of_a_float_network_are_those_of_its_modules(tiny_network, leve
     assert all(torch.equal(a, b) for a, b in zip(features, expected, strict=True))
 
 
-@pytest.mark.parametrize("levels", ["fpn", "ssh"])
+def test_all_features_are_the_backbones_the_pyramids_and_the_context_modules(tiny_network, build_network):
+    features = tapped(tiny_network, "all")[1]
+    with torch.no_grad():
+        expected = tiny_network.backbone(IMAGES)[tiny_network.levels]
+    expected += tapped(tiny_network, "fpn")[1] + tapped(tiny_network, "ssh")[1]
+    assert len(features) == 9
+    assert all(torch.equal(a, b) for a, b in zip(features, expected, strict=True))
+    fine = build_network(channels=16, anchor_sizes=[[8]] * 4, strides=[4, 8, 16, 32])
+    assert feature_widths(fine, "all") == [32, 64, 128, 256, *[16] * 8]
+
+
+@pytest.mark.parametrize("levels", ["fpn", "ssh", "all"])
 def test_features_of_a_quantized_network_are_the_float_ones_without_rounding(pair, levels):
     network, quantized = pair
     expected = tapped(network, levels)[1]
@@ -126,10 +137,10 @@ def test_widths_are_found_without_a_trace(compressed):
     for network in (compressed.pruned, deepcopy(compressed.int8)):
         network.train()
         before = {name: value.clone() for name, value in network.state_dict().items()}
-        for levels in ("fpn", "ssh"):
+        for levels in ("fpn", "ssh", "all"):
             widths = feature_widths(network, levels)
             assert widths == [maps.shape[1] for maps in tapped(deepcopy(network), levels)[1]]
-            assert all(width < 32 for width in widths)
+            assert all(width < 32 for width in widths[-3:])
         assert network.training
         moved = [name for name, value in network.state_dict().items() if not torch.equal(value, before[name])]
         assert all(name.endswith("observer_enabled") for name in moved)  # set again by the next forward pass

@@ -171,7 +171,7 @@ def test_precision_of_the_teacher(tiny_checkpoint, batch, logged, precision, aro
     assert loss.dtype == torch.float32
 
 
-@pytest.mark.parametrize("feature_loss", ["pkd", "cwd"])
+@pytest.mark.parametrize("feature_loss", ["pkd", "cwd", "mse"])
 def test_no_part_of_the_loss_waits_for_the_device(tiny_checkpoint, batch, logged, no_waiting, feature_loss):
     settings = DistillationSettings(features=1.0, feature_loss=feature_loss)
     module = CompressionModule(str(tiny_checkpoint), str(tiny_checkpoint), distillation=settings)
