@@ -60,6 +60,8 @@ class ChannelPruning(L.Callback):
         recalibrate: Training batches over which the batch norms' statistics are estimated anew after the surgery;
             0 leaves them as they are.
         taylor_batches: Training batches that ``importance: taylor`` looks at.
+        measure_speed: Whether to time the network before and after, which takes two exports. A target of ``speedup`` is
+            measured in any case.
         size: Side in pixels of the picture for MACs and speed.
         threads: Threads for the speed; by default every physical core.
 
@@ -82,6 +84,7 @@ class ChannelPruning(L.Callback):
         sensitivity: str | None = None,
         recalibrate: int = 20,
         taylor_batches: int = 20,
+        measure_speed: bool = True,
         size: int = 640,
         threads: int | None = None,
     ) -> None:
@@ -106,6 +109,7 @@ class ChannelPruning(L.Callback):
                 raise InputError(f"pruning: {name} is {value}; expected {least} or more")
         self.recalibrate = recalibrate
         self.taylor_batches = taylor_batches
+        self.measure_speed = measure_speed
         self.size = size
         self.threads = threads
         self._plans_before = 0
@@ -154,7 +158,8 @@ class ChannelPruning(L.Callback):
 
             plan = make_plan(network, self.settings, gradients, speedup, self.size)
             apply_plan(pruned, plan)
-            timings = None if trainer.fast_dev_run else measure(pruned)  # type: ignore[attr-defined]
+            timed = self.measure_speed and not trainer.fast_dev_run  # type: ignore[attr-defined]
+            timings = measure(pruned) if timed else None
         self._change = Change(compare(network, pruned, self.size), timings)
         if self.recalibrate:
             device = trainer.strategy.root_device
@@ -208,7 +213,7 @@ class Change:
 
     Attributes:
         description: What is left, layer by layer.
-        timings: Of the network before and after; None in a ``fast_dev_run``.
+        timings: Of the network before and after; None where it was not timed.
     """
 
     description: Description

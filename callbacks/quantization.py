@@ -70,7 +70,8 @@ class QuantizationAwareTraining(L.Callback):
         averaging: Weight of the newest batch in the moving average of each activation's range.
         freeze_at: Share of the epochs after which the ranges of the activations stand still, above 0 (they need data
             first), up to 1 (never).
-        freeze_statistics_at: The same for the statistics of the batch norms; by default together with the ranges.
+        freeze_statistics_at: The same for the statistics of the batch norms, also 0; by default together with the
+            ranges.
         backend: The runtime that it is for: ``onnxruntime``, ``openvino`` or ``tensorrt``.
         weight_bits: 8, or 7 for CPUs without VNNI.
         ap_budget: Largest loss of average precision (all) before training that ``auto`` allows.
@@ -110,11 +111,15 @@ class QuantizationAwareTraining(L.Callback):
         self.freeze_at = freeze_at
         self.freeze_statistics_at = freeze_at if freeze_statistics_at is None else freeze_statistics_at
         self._done = 0.0  # share of the fit when its current epoch began
-        for name in ("freeze_at", "freeze_statistics_at"):
-            if not 0 < getattr(self, name) <= 1:
-                raise InputError(
-                    f"quantization: {name} is {getattr(self, name)}; expected a share of the epochs above 0, up to 1"
-                )
+        if not 0 < self.freeze_at <= 1:
+            raise InputError(
+                f"quantization: freeze_at is {self.freeze_at}; expected a share of the epochs above 0, up to 1"
+            )
+        if not 0 <= self.freeze_statistics_at <= 1:
+            raise InputError(
+                f"quantization: freeze_statistics_at is {self.freeze_statistics_at}; expected a share of the epochs "
+                "from 0 to 1"
+            )
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -301,7 +301,7 @@ def test_every_stage_of_every_recipe_trains_a_step(path, backbone, name, tiny_ro
         root = tmp_path / "rendered"
     else:
         photos, root = [], tiny_root
-    if path.stem == "distill_only":  # photos alone, without the layout and the labels
+    if path.stem in ("distill_only", "quantize_only"):  # photos alone, without the layout and the labels
         root = tiny_root / "WIDER_train" / "images"
     run = compress.parse_arguments(
         [str(path), "--data.root", str(root), "--out", "out", *weights, *SMALL, *photos, "--trainer.fast_dev_run=1"]

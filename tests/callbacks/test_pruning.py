@@ -52,10 +52,11 @@ def test_what_was_removed_is_drawn_and_logged(pruned_run, tiny_checkpoint):
     assert [float(first[f"pruning/{name}"]) for name in ("ms_before", "ms", "speedup")] == [10, 5, 2]
 
 
-def test_nothing_is_timed_for_a_trial(module, monkeypatch):
+@pytest.mark.parametrize(("options", "trial"), [({}, 1), ({"measure_speed": False}, False)])
+def test_nothing_is_timed_for_a_trial_or_where_that_is_not_wanted(module, monkeypatch, options, trial):
     monkeypatch.setattr("retinaface.evaluation.speedup.benchmark", None)
-    callback = ChannelPruning(recalibrate=0)
-    callback.setup(trainer(fast_dev_run=1), module, "fit")
+    callback = ChannelPruning(recalibrate=0, **options)
+    callback.setup(trainer(fast_dev_run=trial), module, "fit")
     assert list(callback._change.figures()) == ["params_before", "params", "macs_before", "macs"]
 
 
