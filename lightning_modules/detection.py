@@ -47,8 +47,8 @@ class OptimizerSettings:
         weight_decay: For convolution weights; biases and batch norms have none.
         rates: Modules, with all below them, to a factor of the learning rate, from the first step to the last:
             ``{backbone: 0.1}``. Names are as in :func:`retinaface.model.network.matching_modules`, also those of a
-            fake-quantized network; where several hold a parameter, the last counts. With 0 the parameters stay as they
-            are, batch statistics do not.
+            fake-quantized network; where several hold a parameter, the last counts. With 0 parameters and batch
+            statistics stay as they are; the statistics of a fake-quantized network follow its callback.
     """
 
     learning_rate: float = 1e-3
@@ -168,6 +168,10 @@ class RetinaFaceModule(L.LightningModule):
                 "model: compile_network is set, but a fake-quantized network changes its code while it is trained; "
                 "leave it out in this stage"
             )
+        if isinstance(self.network, RetinaFace):
+            resting = [name for name, factor in self.optimizer.rates.items() if factor == 0]
+            for name in matching_modules(self.network, resting, "optimizer: rates"):
+                self.network.get_submodule(name).eval()  # the trainer leaves modules in their modes
         # The forward method alone: a compiled module would stand in the checkpoint under names of its own.
         self._compiled = torch.compile(self.network.forward, dynamic=False) if self.compile_network else None
 
