@@ -108,6 +108,7 @@ class CompressionModule(RetinaFaceModule):
     @override
     def configure_model(self) -> None:
         """Makes the adapters when a fit begins: callbacks have given the student its shape in their ``setup``."""
+        super().configure_model()
         if self._fits and self._teaches_features and self._teacher_tap is None:
             assert self.teacher is not None
             self._make_adapters()

@@ -48,7 +48,8 @@ class OptimizerSettings:
         rates: Modules, with all below them, to a factor of the learning rate, from the first step to the last:
             ``{backbone: 0.1}``. Names are as in :func:`retinaface.model.network.matching_modules`, also those of a
             fake-quantized network; where several hold a parameter, the last counts. With 0 parameters and batch
-            statistics stay as they are; the statistics of a fake-quantized network follow its callback.
+            statistics stay as they are, for which no gradients are computed; the statistics of a fake-quantized network
+            follow its callback.
     """
 
     learning_rate: float = 1e-3
@@ -157,6 +158,15 @@ class RetinaFaceModule(L.LightningModule):
         """Raw outputs for ``(B, 3, H, W)`` uint8 BGR pictures; see :class:`retinaface.model.network.RetinaFace`."""
         outputs: Outputs = self.network(normalize(images))
         return outputs
+
+    @override
+    def configure_model(self) -> None:
+        """Callbacks have given the network its shape, and it is not wrapped for several processes yet."""
+        self._leave_out_gradients()
+
+    def _leave_out_gradients(self) -> None:
+        for parameter, factor in rate_factors(self.network, self.optimizer.rates).items():
+            parameter.requires_grad_(factor > 0)
 
     @override
     def on_fit_start(self) -> None:
@@ -311,6 +321,7 @@ class RetinaFaceModule(L.LightningModule):
         # start again from nothing.
         self.structure = Structure.from_plain(checkpoint["structure"])
         self.network = self.structure.build().train()
+        self._leave_out_gradients()
 
 
 def require_same(what: str, path: str, found: NetworkConfig, expected: NetworkConfig, fields: Sequence[str]) -> None:

@@ -154,6 +154,19 @@ def test_modules_learn_at_rates_of_their_own(tiny_checkpoint):
         assert group["weight_decay"] == (module.optimizer.weight_decay if decays else 0)
 
 
+def test_a_module_with_a_rate_of_0_stays_as_it_is(tiny_root, tiny_checkpoint, quiet_trainer):
+    rates = {"backbone.*1": 0.0, "*_heads": 0.0}
+    module = RetinaFaceModule(weights=str(tiny_checkpoint), optimizer=OptimizerSettings(0.01, warmup=0.0, rates=rates))
+    before = {name: value.clone() for name, value in module.network.state_dict().items()}
+    quiet_trainer.fit_loop.max_epochs = 2  # the validation in between must not wake it
+    quiet_trainer.fit(module, WiderFaceDataModule(tiny_root, train_size=64, batch_size=4, num_workers=0))
+    assert quiet_trainer.global_step == 4
+    for name, value in module.network.state_dict().items():
+        rests = name.startswith("backbone.stage1.") or "_heads." in name
+        assert torch.equal(value, before[name]) == rests, name
+    assert all(parameter.grad is None for parameter in module.network.backbone.stage1.parameters())
+
+
 def test_fake_quantized_networks_have_the_same_names(compressed):
     rates = {"backbone": 0.1, "ssh.0": 0.3}
     names = []
