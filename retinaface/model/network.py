@@ -47,7 +47,7 @@ class NetworkConfig:
         anchor_sizes: Side lengths in pixels of the square anchors at each level.
         strides: Pixels between anchor centres at each level: the last of 4, 8, 16, 32, in order.
         keep_leaky_relu: Modules that keep LeakyReLU where ``activation`` is ``relu``, named as for
-            :func:`matching_modules`: those that stay in float, where either function costs the same.
+            :func:`matching_modules`: those that stay in float, which gain less, and whose accuracy others need.
     """
 
     backbone: Backbone = "mobilenet0.25"
