@@ -57,8 +57,8 @@ class ChannelPruning(L.Callback):
         min_channels: No layer is left with fewer channels than this.
         max_ratio: No layer loses a larger share than this.
         sensitivity: File of ``python -m retinaface sensitivity`` that says which layers bear most; with ``target``.
-        recalibrate: Training batches over which the batch norms' statistics are estimated anew after the surgery;
-            0 leaves them as they are.
+        recalibrate: Training batches over which the batch norms' statistics are estimated anew after the surgery, also
+            of modules that the optimizer's ``rates`` lets rest; 0 leaves them as they are.
         taylor_batches: Training batches that ``importance: taylor`` looks at.
         measure_speed: Whether to time the network before and after, which takes two exports. A target of ``speedup`` is
             measured in any case.

@@ -56,7 +56,11 @@ class SparsityRegularization(L.Callback):
         if not isinstance(network, RetinaFace):
             raise InputError("sparsity: the network is quantized already; it belongs in a stage before pruning")
         training = network.training
+        resting = [parameter for parameter in network.parameters() if not parameter.requires_grad]
+        network.requires_grad_(True)  # the dependencies are followed along the gradients
         self._pruner = self._make_pruner(network, pl_module.device)
+        for parameter in resting:
+            parameter.requires_grad_(False)
         network.train(training)  # following the dependencies leaves it in evaluation mode
         if self._restored is not None:
             if (self._restored.get("method"), self._restored.get("keep")) != (self.method, list(self.keep)):

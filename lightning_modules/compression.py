@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -31,7 +30,8 @@ class CompressionModule(RetinaFaceModule):
             holds all that it takes to evaluate.
         teacher: Checkpoint of the teacher, with the student's anchors; None trains on the labels alone.
         activation: Activation of the student instead of the one in its checkpoint: ``relu`` is faster in INT8.
-        keep_leaky_relu: With it, modules that keep LeakyReLU: those that stay in float, such as ``[backbone.*1]``.
+        keep_leaky_relu: With it, modules that keep LeakyReLU: those that stay in float, such as ``[backbone.*1]``;
+            None: those that the checkpoint says.
         distillation: How much the teacher counts.
         optimizer: Optimizer and schedule.
         loss: Target assignment and loss against the labels.
@@ -50,7 +50,7 @@ class CompressionModule(RetinaFaceModule):
         student: str | None = None,
         teacher: str | None = None,
         activation: Activation | None = None,
-        keep_leaky_relu: Sequence[str] = (),
+        keep_leaky_relu: Sequence[str] | None = None,
         distillation: DistillationSettings | None = None,
         optimizer: OptimizerSettings | None = None,
         loss: LossSettings | None = None,
@@ -113,10 +113,6 @@ class CompressionModule(RetinaFaceModule):
             assert self.teacher is not None
             self._make_adapters()
             self._teacher_tap = FeatureTap(self.teacher, self.distillation.feature_levels)
-
-    @property
-    def _fits(self) -> bool:
-        return self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
 
     @property
     def _teaches(self) -> bool:

@@ -8,8 +8,10 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
@@ -98,7 +100,8 @@ class RetinaFaceModule(L.LightningModule):
         network: The network to build. With ``weights``, which say it better: what backbone and anchors they must have.
         weights: Public RetinaFace file (.pth) or one of this project's checkpoints (.ckpt) to start from.
         activation: Activation to train with from now on instead of the one in ``weights`` or ``network``.
-        keep_leaky_relu: With an ``activation`` of ``relu``, modules that keep LeakyReLU: ``[backbone.*1]``.
+        keep_leaky_relu: With an ``activation`` of ``relu``, modules that keep LeakyReLU: ``[backbone.*1]``; None: those
+            that ``weights`` or ``network`` say.
         backbone_weights: File with ImageNet weights of the backbone, or ``imagenet`` for torchvision's; only without
             ``weights``.
         optimizer: Optimizer and schedule.
@@ -120,7 +123,7 @@ class RetinaFaceModule(L.LightningModule):
         network: NetworkConfig | None = None,
         weights: str | None = None,
         activation: Activation | None = None,
-        keep_leaky_relu: Sequence[str] = (),
+        keep_leaky_relu: Sequence[str] | None = None,
         backbone_weights: str | None = None,
         optimizer: OptimizerSettings | None = None,
         loss: LossSettings | None = None,
@@ -139,7 +142,8 @@ class RetinaFaceModule(L.LightningModule):
         if weights is None:
             config = network or NetworkConfig()
             if activation is not None:
-                config = replace(config, activation=activation, keep_leaky_relu=keep_leaky_relu)
+                kept = config.keep_leaky_relu if keep_leaky_relu is None else keep_leaky_relu
+                config = replace(config, activation=activation, keep_leaky_relu=kept)
             self.structure = Structure(config)
             self.network = self.structure.build()
             if backbone_weights is not None:
@@ -164,8 +168,12 @@ class RetinaFaceModule(L.LightningModule):
         """Callbacks have given the network its shape, and it is not wrapped for several processes yet."""
         self._leave_out_gradients()
 
+    @property
+    def _fits(self) -> bool:
+        return self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+
     def _leave_out_gradients(self) -> None:
-        for parameter, factor in rate_factors(self.network, self.optimizer.rates).items():
+        for parameter, factor in rate_factors(self.network, self.optimizer.rates if self._fits else {}).items():
             parameter.requires_grad_(factor > 0)
 
     @override
@@ -178,10 +186,10 @@ class RetinaFaceModule(L.LightningModule):
                 "model: compile_network is set, but a fake-quantized network changes its code while it is trained; "
                 "leave it out in this stage"
             )
-        if isinstance(self.network, RetinaFace):
-            resting = [name for name, factor in self.optimizer.rates.items() if factor == 0]
-            for name in matching_modules(self.network, resting, "optimizer: rates"):
-                self.network.get_submodule(name).eval()  # the trainer leaves modules in their modes
+        factors = rate_factors(self.network, self.optimizer.rates)
+        for module in self.network.modules():
+            if isinstance(module, _BatchNorm) and factors.get(module.weight) == 0:
+                module.eval()  # the trainer leaves modules in their modes
         # The forward method alone: a compiled module would stand in the checkpoint under names of its own.
         self._compiled = torch.compile(self.network.forward, dynamic=False) if self.compile_network else None
 

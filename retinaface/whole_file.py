@@ -22,6 +22,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         OSError: It cannot take its place; what was there before stays.
     """
     part = path.with_name(f".{path.stem}.part{path.suffix}")
+    part.unlink(missing_ok=True)  # of a process that was killed
     try:
         yield part
         if part.exists():

@@ -29,6 +29,7 @@ def test_what_was_there_stays_where_writing_fails(tmp_path):
 
 
 def test_nothing_written_is_no_file(tmp_path):
+    (tmp_path / ".result.part.json").write_text("left by a process that was killed")
     with whole_file(tmp_path / "result.json"):
         pass
     assert list(tmp_path.iterdir()) == []

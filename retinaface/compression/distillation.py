@@ -120,7 +120,7 @@ def distillation_losses(
         student_features: ``(B, C, H, W)`` per level, in the teacher's widths; needed where features have a weight.
         teacher_features: The same from the teacher, without gradients.
         divisor: What to divide by, from the sums of both weights of the anchors, :func:`class_weight` and
-            :func:`teacher_certainty`; ``pkd`` correlates the pictures given here alone.
+            :func:`teacher_certainty`; ``pkd`` and ``mse`` look at the pictures given here alone.
 
     Returns:
         Weighted scalars, finite also where the teacher sees no face; their sum is the loss. Parts without a weight are

@@ -112,7 +112,7 @@ def make_adapters(student: Iterable[int], teacher: Iterable[int]) -> nn.ModuleLi
 
     Returns:
         A module per level, with fresh weights: a 1x1 convolution where the widths differ, else nothing but a passage.
-        There are no biases, which ``pkd`` and ``cwd`` would not see.
+        There are no biases: ``pkd`` and ``cwd`` would not see them, and features begin at 0 behind a ReLU.
     """
     return nn.ModuleList(
         nn.Identity() if own == wanted else nn.Conv2d(own, wanted, 1, bias=False)

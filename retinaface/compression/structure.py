@@ -123,14 +123,14 @@ def _damaged(path: Path | str, error: Exception) -> InputError:
 
 
 def load_float_network(
-    path: Path | str, activation: Activation | None = None, keep_leaky_relu: Sequence[str] = ()
+    path: Path | str, activation: Activation | None = None, keep_leaky_relu: Sequence[str] | None = None
 ) -> tuple[RetinaFace, Structure]:
     """Loads a network to train or compress further.
 
     Args:
         path: ``.ckpt`` or ``.pth``.
         activation: Activation to use from now on instead of the one in the file.
-        keep_leaky_relu: With it, as in :class:`NetworkConfig`.
+        keep_leaky_relu: With it, as in :class:`NetworkConfig`; None: as in the file.
 
     Returns:
         The network, and its structure.
@@ -141,9 +141,11 @@ def load_float_network(
     network, structure = load_network(path)
     if not isinstance(network, RetinaFace):
         raise InputError(f"{path}: is quantized already; give the checkpoint of the stage before")
-    if activation is None:
+    before = structure.network
+    kept = before.keep_leaky_relu if keep_leaky_relu is None else keep_leaky_relu
+    structure.network = replace(before, activation=activation or before.activation, keep_leaky_relu=kept)
+    if structure.network == before:
         return network, structure
-    structure.network = replace(structure.network, activation=activation, keep_leaky_relu=keep_leaky_relu)
     changed = structure.build_float()
     changed.load_state_dict(network.state_dict())
     return changed.eval(), structure

@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,7 @@ import onnxruntime as ort
 from retinaface.errors import InputError, one_line
 
 _CPU = "CPU"
+_starting = Lock()  # threads that come first at the same time would start a core each
 _SUFFIX = "ExecutionProvider"
 # What brings a provider; the other ones come with builds of ONNX Runtime of their own.
 _PACKAGES = {
@@ -103,7 +105,8 @@ def compile_for_openvino(path: Path, threads: int | None = None, device: str = _
         openvino = importlib.import_module("openvino")
     except ImportError as error:
         raise InputError(f"{path}: OpenVINO is not installed; run `pip install openvino`") from error
-    core = _openvino_core(openvino)
+    with _starting:
+        core = _openvino_core(openvino)
     known = [*core.available_devices, "AUTO"]
     if device.upper().split(".")[0].split(":")[0] not in {each.split(".")[0] for each in known}:
         raise InputError(f"device {device}: OpenVINO finds none of that name here; expected one of {', '.join(known)}")

@@ -70,6 +70,8 @@ def test_all_features_are_the_backbones_the_pyramids_and_the_context_modules(tin
     assert all(torch.equal(a, b) for a, b in zip(features, expected, strict=True))
     fine = build_network(channels=16, anchor_sizes=[[8]] * 4, strides=[4, 8, 16, 32])
     assert feature_widths(fine, "all") == [32, 64, 128, 256, *[16] * 8]
+    deep = build_network(backbone="resnet50", channels=16)
+    assert feature_widths(deep, "all") == [512, 1024, 2048, *[16] * 6]
 
 
 @pytest.mark.parametrize("levels", ["fpn", "ssh", "all"])

@@ -58,6 +58,16 @@ def test_checkpoints_of_every_stage(checkpoint_files, compressed, tiny_network):
     assert all(torch.equal(a, b) for a, b in zip(run(quantized), run(compressed.int8), strict=True))
 
 
+def test_what_keeps_leaky_relu_is_as_in_the_file_unless_that_is_said(tmp_path, build_network, save_checkpoint):
+    path = save_checkpoint(
+        build_network(channels=16, activation="relu", keep_leaky_relu=["backbone.*1"]), tmp_path / "mixed.ckpt"
+    )
+    for given, expected in ((None, ("backbone.*1",)), ([], ()), (["fpn"], ("fpn",))):
+        network, structure = load_float_network(path, "relu", given)
+        assert structure.network.keep_leaky_relu == network.config.keep_leaky_relu == expected
+    assert load_float_network(path)[1].network.keep_leaky_relu == ("backbone.*1",)
+
+
 def test_a_network_to_go_on_with(checkpoint_files):
     network, structure = load_float_network(checkpoint_files["pruned"], activation="leaky_relu")
     same, _ = load_float_network(checkpoint_files["pruned"])

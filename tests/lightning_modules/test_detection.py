@@ -167,6 +167,16 @@ def test_a_module_with_a_rate_of_0_stays_as_it_is(tiny_root, tiny_checkpoint, qu
     assert all(parameter.grad is None for parameter in module.network.backbone.stage1.parameters())
 
 
+def test_of_several_rates_the_last_says_what_rests(tiny_root, tiny_checkpoint, quiet_trainer):
+    rates = {"backbone": 0.0, "backbone.stage3": 1.0, "backbone.stage2": 0.5}
+    module = RetinaFaceModule(weights=str(tiny_checkpoint), optimizer=OptimizerSettings(0.01, warmup=0.0, rates=rates))
+    quiet_trainer.fit_loop.max_epochs = 1
+    before = {name: value.clone() for name, value in module.network.state_dict().items()}
+    quiet_trainer.fit(module, WiderFaceDataModule(tiny_root, train_size=64, batch_size=4, num_workers=0))
+    same = {name for name, value in module.network.state_dict().items() if torch.equal(value, before[name])}
+    assert same == {name for name in before if name.startswith("backbone.stage1.")}
+
+
 def test_fake_quantized_networks_have_the_same_names(compressed):
     rates = {"backbone": 0.1, "ssh.0": 0.3}
     names = []
