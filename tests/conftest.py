@@ -322,6 +322,7 @@ def _wandb_offline(folder: Path) -> Iterator[Callable[[], list["WandbRun"]]]:
         wandb.teardown()  # all is on the disk only then
         return [WandbRun.read(file) for file in sorted(folder.rglob("offline-run-*/*.wandb"))]
 
+    wandb.teardown()  # what it knows of the environment, another test may have had it ask for
     home = folder / "wandb_home"
     home.mkdir()
     with pytest.MonkeyPatch.context() as patch:
