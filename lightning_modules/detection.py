@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
@@ -31,6 +31,7 @@ from retinaface.model.network import (
     matching_modules,
     normalize,
     pad_small,
+    with_activation,
 )
 from retinaface.model.postprocess import Detections, postprocess
 
@@ -140,11 +141,7 @@ class RetinaFaceModule(L.LightningModule):
         if keep_leaky_relu and activation != "relu":
             raise InputError("model: keep_leaky_relu says where LeakyReLU stays with activation: relu; set that too")
         if weights is None:
-            config = network or NetworkConfig()
-            if activation is not None:
-                kept = config.keep_leaky_relu if keep_leaky_relu is None else keep_leaky_relu
-                config = replace(config, activation=activation, keep_leaky_relu=kept)
-            self.structure = Structure(config)
+            self.structure = Structure(with_activation(network or NetworkConfig(), activation, keep_leaky_relu))
             self.network = self.structure.build()
             if backbone_weights is not None:
                 assert isinstance(self.network, RetinaFace)
@@ -178,7 +175,7 @@ class RetinaFaceModule(L.LightningModule):
 
     @override
     def on_fit_start(self) -> None:
-        """Compiles the network as callbacks have made it in their ``setup``, or a checkpoint."""
+        """Compiles the network as callbacks have made it in their ``setup``, or a checkpoint; lets statistics rest."""
         if getattr(self.trainer.strategy, "_layer_sync", None) is not None:
             self._check_sync_batchnorm()
         if self.compile_network and isinstance(self.network, FakeQuantizedRetinaFace):

@@ -1,7 +1,7 @@
 """What a checkpoint must say, besides weights, for the network to be built again."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from retinaface.compression.pruning import Plan, apply_plan
 from retinaface.compression.quantization import FakeQuantizedRetinaFace, QuantizationSettings, prepare_for_training
 from retinaface.errors import InputError
 from retinaface.model.checkpoints import load_matching, load_pretrained, read_torch_file
-from retinaface.model.network import Activation, NetworkConfig, RetinaFace
+from retinaface.model.network import Activation, NetworkConfig, RetinaFace, with_activation
 
 Network = RetinaFace | FakeQuantizedRetinaFace
 
@@ -142,8 +142,7 @@ def load_float_network(
     if not isinstance(network, RetinaFace):
         raise InputError(f"{path}: is quantized already; give the checkpoint of the stage before")
     before = structure.network
-    kept = before.keep_leaky_relu if keep_leaky_relu is None else keep_leaky_relu
-    structure.network = replace(before, activation=activation or before.activation, keep_leaky_relu=kept)
+    structure.network = with_activation(before, activation, keep_leaky_relu)
     if structure.network == before:
         return network, structure
     changed = structure.build_float()

@@ -5,7 +5,7 @@ widely used public PyTorch weights: features at strides 8, 16 and 32, two square
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Literal, get_args
@@ -77,6 +77,17 @@ class NetworkConfig:
             )
         if self.channels < 0 or self.channels % 4:
             raise InputError(f"network: channels is {self.channels}; expected a multiple of 4 (0: as published)")
+
+
+def with_activation(
+    config: NetworkConfig, activation: Activation | None, keep_leaky_relu: Sequence[str] | None
+) -> NetworkConfig:
+    """The same network with another activation, and other modules that keep LeakyReLU; None: as they are."""
+    return replace(
+        config,
+        activation=config.activation if activation is None else activation,
+        keep_leaky_relu=config.keep_leaky_relu if keep_leaky_relu is None else keep_leaky_relu,
+    )
 
 
 def normalize(images: Tensor) -> Tensor:
