@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import cv2
 import numpy as np
 import onnx
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from retinaface import __version__
 from retinaface.compression.quantization import FakeQuantizedRetinaFace, convert
@@ -102,7 +104,7 @@ def export_onnx(
             unchecked.touch()  # first, as the export takes a while
             graph = convert(network) if isinstance(network, FakeQuantizedRetinaFace) else deepcopy(network).cpu().eval()
             form = OnnxForm(graph, network.config, settings)
-            model = _to_onnx(form)
+            model = _to_onnx(_with_folded_batch_norms(form))
             facts = {"opset": OPSET, **file_facts(network, settings)}
             facts |= _known(trained_on=trained_on, average_precision=average_precision)
             onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(facts)})
@@ -149,6 +151,23 @@ def file_facts(network: Network, settings: OnnxSettings) -> dict[str, Any]:
 
 def _known(**facts: object) -> dict[str, object]:
     return {name: fact for name, fact in facts.items() if fact is not None}
+
+
+def _with_folded_batch_norms(form: OnnxForm) -> OnnxForm:
+    """Copy in which each convolution and the batch norm that is registered behind it are one convolution.
+
+    The exporter would end with the same graph, after 1.6 times as long: what it traces are mostly batch norms and
+    operations in place. That they are called in this order is what comparing the file's outputs shows.
+    """
+    form = deepcopy(form)
+    for module in form.modules():
+        if isinstance(module, nn.ReLU | nn.LeakyReLU):
+            module.inplace = False
+        for (name, convolution), (norm_name, norm) in pairwise(list(module.named_children())):
+            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, name, fuse_conv_bn_eval(convolution, norm))
+                setattr(module, norm_name, nn.Identity())
+    return form
 
 
 def _to_onnx(form: OnnxForm) -> onnx.ModelProto:
