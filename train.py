@@ -6,6 +6,7 @@ same and times a training step.
 """
 
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -15,6 +16,10 @@ from typing import Any
 if __name__ == "__main__" and hasattr(signal, "pthread_sigmask"):
     # The imports take seconds, and a cluster may say within them that the time is over: it waits for callbacks.Requeue.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+
+# Read when torch is loaded. Threads that wait for each other otherwise keep their cores busy, and where something else
+# wants one of these the others wait for most of the time.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import lightning as L
 from jsonargparse import Namespace

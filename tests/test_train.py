@@ -297,6 +297,17 @@ def test_a_signal_waits_while_everything_is_imported(tmp_path):
     assert "SIGUSR2" in result.stderr, result.returncode
 
 
+@pytest.mark.parametrize(("given", "expected"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_threads_that_wait_sleep_unless_asked_otherwise(given, expected, tmp_path):
+    """It has to be said before the first import that loads torch: a later setting changes nothing."""
+    (tmp_path / "lightning.py").write_text("import os\nraise SystemExit(os.environ['OMP_WAIT_POLICY'])")
+    others = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment = {**others, **given, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "train.py"), "fit"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.stderr.strip() == expected
+
+
 def test_the_signal_comes_when_the_callbacks_are_there(tiny_root, monkeypatch):
     seen = []
     before = signal.signal(signal.SIGUSR2, lambda *_: seen.append("too early"))

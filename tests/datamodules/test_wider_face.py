@@ -335,7 +335,9 @@ class Crash(L.Callback):
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-@pytest.mark.parametrize("options", [{}, {"limit_train_batches": 2}, {"val_check_interval": 1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"limit_train_batches": 2}, {"val_check_interval": 1}, {"check_val_every_n_epoch": 2}]
+)
 @pytest.mark.parametrize(
     ("hook", "step", "workers"),
     [("on_train_batch_end", 1, 2), ("on_train_batch_end", 3, 0), ("on_train_batch_end", 4, 0),
