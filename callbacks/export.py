@@ -19,8 +19,8 @@ class ExportOnnx(L.Callback):
     """Exports the trained network at the end of a fit: float, or INT8 after quantization-aware training.
 
     Recipes and reports evaluate ``model.onnx``, so its form should stay ``raw``; for another form too, add a second
-    ``ExportOnnx`` with a ``path``. The file says on which data root the network was trained and what AP the fit's last
-    validation measured, and is compared with torch on noise and two validation photos.
+    ``ExportOnnx`` with a ``path``. The file says on which data root the network was trained and, where no step came
+    after the last validation, what AP that measured. It is compared with torch on noise and two validation photos.
 
     Args:
         path: The ONNX file to write; by default ``model.onnx`` in the trainer's root folder.
@@ -54,9 +54,19 @@ class ExportOnnx(L.Callback):
         return Path(self.path or Path(trainer.default_root_dir) / "model.onnx")
 
     @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._measured = {}  # of weights that are no more
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._measured = _average_precision(trainer)
+
+    @override
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         # A fit that is interrupted after its last validation, and goes on, has nothing left to measure.
-        checkpoint["average_precision"] = _average_precision(trainer) or self._measured
+        checkpoint["average_precision"] = self._measured
 
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -75,7 +85,7 @@ class ExportOnnx(L.Callback):
             self.settings,
             photos=[sample.path for sample in evenly_spread(getattr(data, "val_samples", []), _PHOTOS)],
             trained_on=None if root is None else Path(root).resolve().name,
-            average_precision=_average_precision(trainer) or self._measured or None,
+            average_precision=self._measured or None,
         )
 
 

@@ -21,6 +21,8 @@ import pytest
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before anything imports albumentations
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start; see _one_thread
+# A shell's background job ignores Ctrl-C, and hands that on to the processes that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import onnx
 import torch

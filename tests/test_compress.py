@@ -539,14 +539,14 @@ def test_quickstart_from_start_to_report(tmp_path):
     assert result.returncode == 0, result.stderr
     assert str(tmp_path / "out" / "report.md") in result.stdout
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [model["name"] for model in report["models"]] == ["teacher", "pruned", "int8"]
+    assert [model["name"] for model in report["models"]] == ["teacher", "pruned", "ptq", "int8"]
     sizes = {model["name"]: model["onnx_bytes"] for model in report["models"]}
     assert sizes["int8"] < sizes["pruned"] < sizes["teacher"]
     assert all((tmp_path / "out" / f"{name}.onnx").stat().st_size == size for name, size in sizes.items())
     changed = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.ckpt")}
     again = run_compress(*arguments)
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("done before") == 3
+    assert again.stdout.count("done before") == 4
     assert changed == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.ckpt")}
 
 

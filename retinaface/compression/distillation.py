@@ -302,7 +302,7 @@ def hint_distillation(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared error of each channel, relative to the teacher's variance (FitNets, arXiv:1412.6550).
 
     The features themselves are to be met, as the teacher's later layers would need them: the loss for a student that
-    begins as its teacher, and has since lost an activation function or some precision.
+    begins as its teacher, and has since lost an activation function, some precision or channels.
 
     Args:
         student: ``(B, C, H, W)``.

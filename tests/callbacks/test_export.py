@@ -37,7 +37,9 @@ def test_a_stage_interrupted_before_its_export_still_says_what_it_reached(pruned
     """When it goes on there is nothing left to validate."""
     calls = []
     monkeypatch.setattr("callbacks.export.export_onnx", lambda *_, **more: calls.append(more["average_precision"]))
-    ExportOnnx().on_fit_end(pruned_run.cli.trainer, pruned_run.cli.model)
+    first = ExportOnnx()
+    first.on_validation_end(pruned_run.cli.trainer, pruned_run.cli.model)
+    first.on_fit_end(pruned_run.cli.trainer, pruned_run.cli.model)
     checkpoint = torch.load(pruned_run.checkpoint, weights_only=True)
     monkeypatch.setattr(type(pruned_run.cli.trainer), "callback_metrics", {})
     callback = ExportOnnx()
@@ -46,6 +48,20 @@ def test_a_stage_interrupted_before_its_export_still_says_what_it_reached(pruned
     assert calls[0]["all"] is not None
     assert calls[1] == calls[0]
     assert "easy" not in calls[0]  # no face there is easy, and NaN is no JSON
+
+
+def test_what_was_measured_before_the_last_steps_is_not_said(pruned_run, monkeypatch):
+    calls = []
+    monkeypatch.setattr("callbacks.export.export_onnx", lambda *_, **more: calls.append(more["average_precision"]))
+    trainer, module = pruned_run.cli.trainer, pruned_run.cli.model
+    callback = ExportOnnx()
+    callback.on_validation_end(trainer, module)
+    callback.on_train_batch_start(trainer, module, None, 0)
+    checkpoint: dict = {}
+    callback.on_save_checkpoint(trainer, module, checkpoint)
+    callback.on_fit_end(trainer, module)
+    assert calls == [None]
+    assert checkpoint == {"average_precision": {}}
 
 
 @pytest.mark.parametrize("chosen", [True, False])
