@@ -21,8 +21,6 @@ import pytest
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before anything imports albumentations
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start; see _one_thread
-# A shell's background job ignores Ctrl-C, and hands that on to the processes that tests start and interrupt.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import onnx
 import torch
@@ -43,6 +41,9 @@ from retinaface.compression.structure import Network, Structure
 from retinaface.data.synthetic import write_synthetic_root
 from retinaface.delivery.export import export_onnx
 from retinaface.model.network import NetworkConfig, RetinaFace
+
+# A shell's background job ignores Ctrl-C, and hands that on to the processes that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT.parent / "shared" / "reference"
