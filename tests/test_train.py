@@ -297,13 +297,13 @@ def test_a_signal_waits_while_everything_is_imported(tmp_path):
     assert "SIGUSR2" in result.stderr, result.returncode
 
 
-@pytest.mark.parametrize(("given", "expected"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
-def test_threads_that_wait_sleep_unless_asked_otherwise(given, expected, tmp_path):
+@pytest.mark.parametrize(("given", "expected"), [({}, "10000"), ({"GOMP_SPINCOUNT": "1"}, "1")])
+def test_threads_wait_as_long_as_asked(given, expected, tmp_path):
     """It has to be said before the first import that loads torch: a later setting changes nothing."""
     (tmp_path / "lightning.py").write_text(
-        "import os, sys\nassert 'torch' not in sys.modules\nraise SystemExit(os.environ['OMP_WAIT_POLICY'])"
+        "import os, sys\nassert 'torch' not in sys.modules\nraise SystemExit(os.environ['GOMP_SPINCOUNT'])"
     )
-    others = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    others = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     environment = {**others, **given, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, str(ROOT / "train.py"), "fit"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
