@@ -17,8 +17,8 @@ if __name__ == "__main__" and hasattr(signal, "pthread_sigmask"):
     # The imports take seconds, and a cluster may say within them that the time is over: it waits for callbacks.Requeue.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
 
-# Read when torch is loaded. How long OpenMP's threads keep a core busy that wait for each other: by default so long that
-# beside another busy process most of the time goes into it; not at all would be slow where they have the cores alone.
+# Read when torch is loaded. How long OpenMP's threads keep a core busy that wait for each other: by default so long
+# that beside another busy process most of the time goes into it; not at all is slow where they have the cores alone.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import lightning as L
