@@ -121,12 +121,15 @@ def test_wandb_is_added_to_the_csv_files(tiny_root, tmp_path, monkeypatch):
     assert dashboard.name == "faces"
 
 
-def test_last_checkpoint_is_the_newest_even_as_accuracy_falls(tiny_root, tmp_path, monkeypatch, no_export):
-    values = [1.0, 0.5, 0.25]
+@pytest.mark.parametrize(("more", "values"), [([], [1.0, 0.5, 0.25]), (["--trainer.check_val_every_n_epoch=2"], [1.0])])
+def test_last_checkpoint_is_the_newest_even_as_accuracy_falls(
+    more, values, tiny_root, tmp_path, monkeypatch, no_export
+):
     left = iter(values)
     monkeypatch.setattr(WiderFaceAP, "compute", lambda self: {"all": torch.tensor(next(left))})
-    cli = train.main(arguments(tiny_root, *TEACHER, more=one_run_in(tmp_path, epochs=3)))
+    cli = train.main(arguments(tiny_root, *TEACHER, more=[*one_run_in(tmp_path, epochs=3), *more]))
     assert float(cli.trainer.callback_metrics["val/ap_all"]) == values[-1]
+    assert next(left, None) is None
     (file,) = (tmp_path / "checkpoints").glob("*.ckpt")
     assert file.name == "last.ckpt"
     assert isinstance(cli.trainer.strategy.checkpoint_io, AtomicCheckpointIO)
