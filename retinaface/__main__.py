@@ -7,9 +7,12 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from inspect import Parameter, signature
+from io import TextIOWrapper
 from itertools import islice, product
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Literal, get_args, get_type_hints
 
 import docstring_parser
@@ -29,6 +32,7 @@ def detect(
     score: float = 0.5,
     nms: float = 0.4,
     frames: int | None = None,
+    longest: int = 1024,
     runtime: Literal["auto", "torch", "onnxruntime", "openvino"] = "auto",
     providers: list[str] | None = None,
     device: str | None = None,
@@ -48,8 +52,11 @@ def detect(
         score: Faces with a lower score are dropped.
         nms: Of two boxes with a higher overlap (IoU) the one with the lower score is dropped.
         frames: Of a video or camera, look at this many frames at most.
+        longest: Pictures whose long side is above this many pixels are shrunk to it for the model, which sees faces
+            where none are in those of 600 pixels and more, and misses those of 1,000; more than the default, the width
+            of WIDER FACE's photos, finds smaller faces in large pictures.
         runtime: What runs the model; auto takes torch for .pth and .ckpt, ONNX Runtime for .onnx.
-        providers: ONNX Runtime's execution providers, the preferred one first, such as [CUDA] or [CoreML].
+        providers: ONNX Runtime's execution providers, the preferred one first, such as CUDA or CoreML.
         device: Where torch (cpu, cuda, mps) or OpenVINO (CPU, GPU) computes.
         threads: Threads to compute with; by default one per CPU that this process may use, or the runtime's choice.
     """
@@ -58,13 +65,16 @@ def detect(
     from retinaface.delivery.sources import find_sources
     from retinaface.evaluation.visualize import draw_detections
 
-    if frames is not None:
-        _require_at_least({"frames": (frames, 1)})
+    _require_at_least({"frames": (1 if frames is None else frames, 1), "longest": (longest, 64)})
+    _require_share({"score": score, "nms": nms})
     detector = load_detector(model, threads, runtime=runtime, providers=providers, device=device)
-    there, empty = find_sources(list(map(str, sources)), out)
+    there, empty, left_out = find_sources(list(map(str, sources)), out)
+    if left_out:
+        kinds = ", ".join(f"{suffix} ({count})" for suffix, count in left_out.most_common())
+        _console.print(f"left out in the folders, as neither photo nor video by name: {kinds}")
     if not there:
         raise InputError("; ".join(empty))
-    found, unreadable = detect_files(detector, there, out, draw_detections, score, nms, frames)
+    found, unreadable = detect_files(detector, there, out, draw_detections, score, nms, frames, longest)
     for source, each in found.items():
         if isinstance(each, VideoDetections):
             count = sum(len(faces.scores) for faces in each.frames)
@@ -73,10 +83,10 @@ def detect(
             _console.print(f"{source}: {len(each.scores)} faces")
     _console.print(f"written to {out}")
     unread = [*empty, *unreadable]
-    _print_list("NOT READ, or not to the end", unread, most=len(unread))
+    _print_list("NOT READ, not to the end, or not copied", unread, most=len(unread))
     if unread:
         raise InputError(
-            f"{len(unread)} of {len(there) + len(empty)} sources could not be read, or not to the end, as listed above"
+            f"{len(unread)} of {len(there) + len(empty)} sources not read, not to the end, or not copied: named above"
         )
 
 
@@ -89,6 +99,10 @@ def evaluate(
     results: Path | None = None,
     wandb: str | None = None,
     json: Path | None = None,
+    runtime: Literal["auto", "torch", "onnxruntime", "openvino"] = "auto",
+    providers: list[str] | None = None,
+    device: str | None = None,
+    threads: int | None = None,
 ) -> None:
     """Measure average precision on the validation photos of a data root.
 
@@ -104,12 +118,18 @@ def evaluate(
         results: Write what the model found to this folder, in the WIDER result format that wider-ap reads.
         wandb: Send figures and the pictures of --out to this Weights & Biases project.
         json: Also write the figures to this file.
+        runtime: What runs the model and the teacher; auto takes torch for .pth and .ckpt, ONNX Runtime for .onnx.
+        providers: ONNX Runtime's execution providers, the preferred one first, such as CUDA or CoreML.
+        device: Where torch (cpu, cuda, mps) or OpenVINO (CPU, GPU) computes.
+        threads: Threads to compute with; by default one per CPU that this process may use, or the runtime's choice.
     """
+    from retinaface.delivery.runtime import load_detector
     from retinaface.evaluation.evaluate import evaluate as measure
     from retinaface.evaluation.evaluate import evaluation_tables, save_pictures, save_results, send_to_wandb
 
-    compared = {} if teacher is None else {f"teacher {teacher.name}": measure(teacher, root, protocol)}
-    evaluation = measure(model, root, protocol)
+    load = partial(load_detector, threads=threads, runtime=runtime, providers=providers, device=device)
+    compared = {} if teacher is None else {f"teacher {teacher.name}": measure(teacher, root, protocol, load)}
+    evaluation = measure(model, root, protocol, load)
     evaluations = {**compared, model.name: evaluation}
     for table in evaluation_tables(evaluations):
         _console.print(table)
@@ -253,10 +273,15 @@ def benchmark(
             _console.print(sentence)
     ran = [entry for entry in every[0].entries if all(entry in each.entries for each in every)]
     entries = [(models[index], name) for index, name in ran]
-    footprints = measure_footprints(entries, max(size), max(batch), max(counts))
+    failure = None
+    try:
+        footprints = measure_footprints(entries, max(size), max(batch), max(counts))
+    except InputError as error:  # the timings are not lost for it
+        footprints, failure = [], error
     computing = f"{max(counts)} thread{'s' * (max(counts) > 1)}"
     conditions = f"at {max(batch)}x3x{max(size)}x{max(size)} with {computing}, each in a fresh process"
-    _console.print(footprint_table(footprints, f"File size, and peak memory {conditions}"))
+    if footprints:
+        _console.print(footprint_table(footprints, f"File size, and peak memory {conditions}"))
     machine = machine_facts()
     figures = {
         "timings": [asdict(timing) for each in every for timing in each.timings()],
@@ -272,6 +297,8 @@ def benchmark(
             plot_benchmark({describe_rounds(each): each.timings() for each in every}, plot)
         except OSError as error:
             raise InputError(f"--plot: {plot} cannot be written ({error.strerror}); choose another file") from error
+    if failure:
+        raise failure
 
 
 def throughput(
@@ -289,7 +316,7 @@ def throughput(
 ) -> None:
     """Measure photos per second, from photos in memory to faces: photos per call by callers at once.
 
-    Example: python -m retinaface throughput int8.onnx --batches [1,4] --callers [1,2] --threads [1,2]
+    Example: python -m retinaface throughput int8.onnx --batches 1 4 --callers 1 2 --threads 1 2
 
     Args:
         model: Detector (.pth, .ckpt or .onnx).
@@ -301,7 +328,7 @@ def throughput(
         photos: Photos per combination and round, at least.
         rounds: Rounds timed.
         runtime: What runs the model; auto takes torch for .pth and .ckpt, ONNX Runtime for .onnx.
-        providers: ONNX Runtime's execution providers, the preferred one first, such as [CUDA] or [CoreML].
+        providers: ONNX Runtime's execution providers, the preferred one first, such as CUDA or CoreML.
         device: Where torch (cpu, cuda, mps) or OpenVINO (CPU, GPU) computes.
         json: Also write the figures to this file.
     """
@@ -387,6 +414,7 @@ def sensitivity(
     from retinaface.evaluation.visualize import plot_mixed_precision, plot_sensitivity
 
     _require_at_least({"photos": (photos, 1)})
+    _require_place(out / "sensitivity.json", "--out")
     facts = {"for": purpose, "model": str(model), "root": str(root)}
     if purpose == "pruning":
         measured = measure_sensitivity(model, root, limit, recalibrate, importance, size, threads)
@@ -492,6 +520,7 @@ def show_batch(config: list[Path], root: Path | None = None, out: Path = Path("b
     _require_at_least({"batches": (batches, 1)})
     if not cv2.haveImageWriter(str(out)):
         raise InputError(f"{out}: cannot be written as a picture; give a name that ends in .jpg or .png")
+    _require_place(out, "--out")
     datamodule = load_datamodule(config, root)
     datamodule.prepare_data()
     datamodule.setup("fit")
@@ -610,6 +639,21 @@ def _require_at_least(limits: dict[str, tuple[int, int]]) -> None:
             raise InputError(f"--{name}: expected at least {least}, found {value}")
 
 
+def _require_share(values: dict[str, float]) -> None:
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise InputError(f"--{name}: expected 0 to 1, found {value}")
+
+
+def _require_place(path: Path, option: str) -> None:
+    """Before hours of work, rather than behind them."""
+    try:
+        with TemporaryFile(dir=next(folder for folder in path.absolute().parents if folder.exists())):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another {option}") from error
+
+
 def _write_json(path: Path | None, content: dict[str, Any]) -> None:
     if path is not None:
         _write_text(path, json.dumps(content, indent=2) + "\n", "--json")
@@ -626,16 +670,19 @@ def _write_text(path: Path, text: str, option: str) -> None:
 # Each command, and its arguments that are required or take several values without brackets, with the number of values;
 # those without dashes go by position.
 COMMANDS: dict[str, tuple[Callable[..., None], dict[str, str | None]]] = {
-    "detect": (detect, {"model": None, "sources": "+"}),
-    "evaluate": (evaluate, {"model": None}),
+    "detect": (detect, {"model": None, "sources": "+", "--providers": "+"}),
+    "evaluate": (evaluate, {"model": None, "--providers": "+"}),
     "export": (export, {"ckpt": None}),
     "web": (web, {"model": None}),
     "benchmark": (benchmark, {"models": "+", "--runtime": "+", "--size": "+", "--batch": "+", "--threads": "+"}),
-    "throughput": (throughput, {"model": None}),
+    "throughput": (
+        throughput,
+        {"model": None, **dict.fromkeys(("--batches", "--callers", "--threads", "--providers"), "+")},
+    ),
     "describe": (describe, {"ckpt": None}),
     "sensitivity": (sensitivity, {"model": None}),
     "show-batch": (show_batch, {"--config": "+"}),
-    "benchmark-data": (benchmark_data, {"--config": "+"}),
+    "benchmark-data": (benchmark_data, {"--config": "+", "--workers": "+"}),
     "check-data": (check_data, {"root": None}),
     "make-synthetic": (make_synthetic, {}),
     "wider-ap": (wider_ap, {"predictions": None, "ground_truth": None}),
@@ -655,7 +702,8 @@ def _parser() -> ArgumentParser:
             kind, default = get_type_hints(function)[name], signature(function).parameters[name].default
             flags: dict[str, Any] = {"required": True} if argument.startswith("--") else {}
             if default is not Parameter.empty:
-                flags = {"default": list(default)}
+                flags = {"default": None if default is None else list(default)}
+                kind = get_args(kind)[0] if default is None else kind  # of list[int] | None
             kind = get_args(kind)[0] if count else kind
             command.add_argument(argument, type=kind, nargs=count, help=description, **flags)
         if "purpose" in get_type_hints(function):  # no parameter can be called `for`
@@ -678,8 +726,14 @@ def main(args: list[str] | None = None) -> None:
         SystemExit: With status 2 and a one-line message when the input is wrong.
     """
     config = _parser().parse_args(args)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
-        COMMANDS[config.command][0](**config[config.command].as_dict())
+        options = config[config.command].as_dict()
+        for name in ("json", "markdown", "plot"):
+            if options.get(name) is not None:
+                _require_place(options[name], f"--{name}")
+        COMMANDS[config.command][0](**options)
     except InputError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)

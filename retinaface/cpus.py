@@ -1,5 +1,6 @@
 """The CPUs that this process may use, which need not be all of the machine's, and what they can do."""
 
+import math
 import os
 import platform
 from contextlib import suppress
@@ -9,10 +10,14 @@ _DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
 def usable_cpus() -> list[int]:
-    """Numbers of the logical CPUs that this process may use, in order; all of them where the system does not tell."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
+    """Numbers of the logical CPUs that this process may use, in order; all of them where the system does not tell.
+
+    A container may have less time than its CPUs have (``docker run --cpus 2``; the kernel's documentation, "Control
+    Group v2", ``cpu.max``): then they are the first ones, as many as that time is worth.
+    """
+    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
+    quota, _, period = _read_text(Path("/sys/fs/cgroup/cpu.max")).partition(" ")
+    return cpus[: math.ceil(int(quota) / int(period))] if quota.isdecimal() else cpus
 
 
 def physical_cores() -> int:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
 _T = TypeVar("_T")
@@ -25,5 +26,10 @@ def with_progress(items: SizedIterable[_T], description: str) -> Iterable[_T]:
     """
     console = Console(stderr=True)
     return track(
-        items, description, total=len(items) or None, console=console, transient=True, disable=not console.is_terminal
+        items,
+        escape(description),
+        total=len(items) or None,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
     )

@@ -21,7 +21,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: It cannot take its place; what was there before stays.
     """
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    # Names of more than 255 bytes are too long for most file systems.
+    stem = os.fsdecode(os.fsencode(path.stem)[: 240 - len(path.suffix)])
+    part = path.with_name(f".{stem}.part{path.suffix}")
     part.unlink(missing_ok=True)  # of a process that was killed
     try:
         yield part

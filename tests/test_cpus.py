@@ -1,7 +1,7 @@
 import pytest
 
 from retinaface import cpus
-from retinaface.cpus import cpu_flags, cpu_name, physical_cores, saturates_int8
+from retinaface.cpus import cpu_flags, cpu_name, physical_cores, saturates_int8, usable_cpus
 
 X86 = (
     "processor\t: 0\nmodel name\t: Some CPU @ 3 GHz\nflags\t\t: fpu sse2 avx2{}\n\nmodel name\t: Other\nflags\t: fpu\n"
@@ -45,6 +45,15 @@ def test_what_the_cpu_is(machine):
 def test_int8_saturates_on_x86_without_vnni(machine, cpuinfo, saturates):
     machine(cpuinfo)
     assert saturates_int8() is saturates
+
+
+@pytest.mark.parametrize(
+    ("limit", "count"), [("", 64), ("max 100000\n", 64), ("200000 100000\n", 2), ("50000 100000\n", 1)]
+)
+def test_time_that_a_container_has_limits_the_cpus(limit, count, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)), raising=False)
+    monkeypatch.setattr(cpus, "_read_text", lambda file: limit if file.name == "cpu.max" else "")
+    assert usable_cpus() == [*range(count)]
 
 
 def test_threads_of_one_core_count_once(monkeypatch):

@@ -12,6 +12,7 @@ from scipy.io import savemat
 from retinaface.__main__ import COMMANDS, main
 from retinaface.data.annotations import load_split
 from retinaface.delivery.onnx_forms import OnnxSettings
+from retinaface.errors import InputError
 from retinaface.evaluation.footprint import Footprint
 from retinaface.evaluation.mixed_precision import MixedPrecision, Trial
 from retinaface.evaluation.sensitivity import GroupSensitivity, Point, Sensitivity
@@ -113,18 +114,29 @@ def test_detect_thresholds(checkpoint_files, tmp_path):
     assert strict < usual < overlapping
 
 
+@pytest.mark.parametrize("option", ["--score=50", "--score=-1", "--nms=1.1", "--longest=63"])
+def test_detect_with_limits_that_make_no_sense(option, checkpoint_files, tmp_path, capsys):
+    line = fails(capsys, "detect", checkpoint_files["public"], write_photo(tmp_path / "a.jpg"), option)
+    assert f"{option.partition('=')[0]}: expected" in line
+
+
 def test_detect_names_what_it_skipped_after_the_rest_is_done(checkpoint_files, tmp_path, capsys):
     photo = write_photo(tmp_path / "photos" / "good.jpg")
     truncated = tmp_path / "photos" / "truncated.jpg"
     truncated.write_bytes(photo.read_bytes()[:-500])
+    for name in ("a.heic", "b.HEIC", "notes.txt"):
+        (tmp_path / "photos" / name).touch()
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as stop:
         main(["detect", *map(str, (checkpoint_files["public"], tmp_path / "photos", tmp_path / "*.png", "--out", out))])
     assert stop.value.code == 2
     captured = capsys.readouterr()
-    assert captured.err == "error: 2 of 3 sources could not be read, or not to the end, as listed above\n"
-    assert f"NOT READ, or not to the end (2):\n  {tmp_path / '*.png'}: no photo or video there" in captured.out
+    assert captured.err == "error: 2 of 3 sources not read, not to the end, or not copied: named above\n"
+    assert (
+        f"NOT READ, not to the end, or not copied (2):\n  {tmp_path / '*.png'}: no photo or video there" in captured.out
+    )
     assert f"  {truncated}: truncated or not a picture" in captured.out
+    assert "left out in the folders, as neither photo nor video by name: .heic (2), .txt (1)\n" in captured.out
     assert list(json.loads((out / "detections.json").read_text())) == [str(photo)]
 
 
@@ -141,7 +153,7 @@ def test_detect_in_a_video_in_a_runtime_of_choice(onnx_file, checkpoint_files, t
         writer.write(np.random.default_rng(seed).integers(0, 256, (64, 96, 3), dtype=np.uint8))
     writer.release()
     command = ["detect", str(onnx_file), str(tmp_path / "film.avi"), "--out", str(tmp_path / "out"), "--frames", "2"]
-    main([*command, "--runtime", "onnxruntime", "--providers", "[CPU]", "--threads", "1", "--score", "0.3"])
+    main([*command, "--runtime", "onnxruntime", "--providers", "CPU", "--threads", "1", "--score", "0.3"])
     frames = json.loads((tmp_path / "out" / "detections.json").read_text())[str(tmp_path / "film.avi")]["frames"]
     count = sum(len(frame["scores"]) for frame in frames)
     assert f"film.avi: {count} faces in 2 frames" in capsys.readouterr().out
@@ -275,8 +287,21 @@ def test_benchmark(onnx_file, checkpoint_files, tmp_path, capsys, monkeypatch):
     assert files["png"].stat().st_size > 5000
 
 
+def test_timings_are_not_lost_where_memory_cannot_be_measured(onnx_file, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise InputError("ended by signal 9")
+
+    monkeypatch.setattr("retinaface.evaluation.footprint.measure_footprints", fail)
+    settings = ["--runtime", "onnxruntime", "--size", "32", "--threads", "1", "--warmup", "0", "--rounds", "1"]
+    files = ["--json", tmp_path / "times.json", "--markdown", tmp_path / "times.md"]
+    assert "ended by signal 9" in fails(capsys, "benchmark", onnx_file, *settings, *files)
+    facts = json.loads((tmp_path / "times.json").read_text())
+    assert (len(facts["timings"]), facts["footprints"]) == (1, [])
+    assert "memory" not in (tmp_path / "times.md").read_text()
+
+
 def test_throughput(onnx_file, checkpoint_files, tmp_path, capsys):
-    settings = ["--size=64", "--photos=2", "--rounds=2", "--batches=[1,2]", "--callers=[1,2]", "--threads=[1]"]
+    settings = ["--size=64", "--photos=2", "--rounds=2", "--batches", "1", "2", "--callers", "1", "2", "--threads", "1"]
     main(["throughput", str(onnx_file), *settings, f"--json={tmp_path / 'throughput.json'}"])
     facts = json.loads((tmp_path / "throughput.json").read_text())
     assert [(each["batch"], each["callers"]) for each in facts["results"]] == [(1, 1), (1, 2), (2, 1), (2, 2)]
@@ -284,9 +309,9 @@ def test_throughput(onnx_file, checkpoint_files, tmp_path, capsys):
     assert {each["runtime"] for each in facts["results"]} == {"onnxruntime"}
     assert facts["machine"]["cores"] >= 1
     assert "2 callers" in capsys.readouterr().out
-    assert "--batches: expected at least 1, found 0" in fails(capsys, "throughput", onnx_file, "--batches=[1,0]")
+    assert "--batches: expected at least 1, found 0" in fails(capsys, "throughput", onnx_file, "--batches", "1", "0")
     assert "--size: expected at least 64" in fails(capsys, "throughput", onnx_file, "--size=32")
-    line = fails(capsys, "throughput", checkpoint_files["public"], "--threads=[1,2]")
+    line = fails(capsys, "throughput", checkpoint_files["public"], "--threads", "1", "2")
     assert "threads: torch has one number for the whole process" in line
 
 
@@ -466,8 +491,8 @@ def test_a_checkpoint_of_another_network(tmp_path, capsys):
 
 def test_json_that_cannot_be_written(onnx_file, root, tmp_path, capsys):
     (tmp_path / "file").touch()
-    line = fails(capsys, "evaluate", onnx_file, "--root", root, "--json", tmp_path / "file" / "ap.json")
-    assert "cannot be written" in line
+    line = fails(capsys, "evaluate", "absent.onnx", "--root", root, "--json", tmp_path / "file" / "ap.json")
+    assert "cannot be written" in line  # before hours of work, so before anything is read
 
 
 @pytest.mark.parametrize(
@@ -526,7 +551,7 @@ def test_show_batch_of_nothing(data_config, tiny_root, tmp_path, capsys):
 def test_benchmark_data(data_config, tiny_root, tmp_path, capsys):
     out = tmp_path / "data.json"
     main(["benchmark-data", "--config", str(data_config), "--root", str(tiny_root), "--photos", "2", "--batches", "2",
-          "--workers", "[0,1]", "--json", str(out)])  # fmt: skip
+          "--workers", "0", "1", "--json", str(out)])  # fmt: skip
     text = capsys.readouterr().out
     assert "cv2.imread" in text
     assert "waiting for data" in text

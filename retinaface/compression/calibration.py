@@ -16,7 +16,7 @@ from torchao.quantization.pt2e.observer import (
 
 from retinaface.compression.quantization import FakeQuantizedRetinaFace
 from retinaface.compression.quantizer import CONVOLUTIONS, ActivationFakeQuantize, bias_of, ops
-from retinaface.data.annotations import Sample, evenly_spread, read_image
+from retinaface.data.annotations import Sample, evenly_spread
 from retinaface.errors import InputError
 from retinaface.model.network import as_input, pad_small
 from retinaface.progress import SizedIterable, with_progress
@@ -145,15 +145,15 @@ class CalibrationPictures:
     """
 
     def __init__(self, samples: Sequence[Sample], count: int) -> None:
-        self._paths = [sample.path for sample in evenly_spread(samples, count)]
+        self._samples = evenly_spread(samples, count)
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._samples)
 
     def __iter__(self) -> Iterator[Tensor]:
         """Gives ``(1, 3, H, W)`` float32; an InputError names a photo that cannot be read."""
-        for path in self._paths:
-            yield pad_small(as_input(read_image(path)))
+        for sample in self._samples:
+            yield pad_small(as_input(sample.read()))
 
 
 class _ChannelMeans(Interpreter):

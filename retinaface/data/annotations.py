@@ -28,7 +28,7 @@ MEAN_BGR = (104, 117, 123)
 MIRRORED_LANDMARKS = [1, 0, 2, 4, 3]
 """Whose place each landmark takes in a mirrored photo: the eyes and the mouth corners change sides."""
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
+IMAGE_SUFFIXES = frozenset({".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 DIFFICULTIES = ("easy", "medium", "hard")
 DIFFICULTY_FILES = ("wider_face_val.mat", *(f"wider_{subset}_val.mat" for subset in DIFFICULTIES))
 """The official ground truth: all faces, and which of them count in each subset."""
@@ -61,6 +61,14 @@ class Sample:
     landmarks: NDArray[np.float32]
     counted: dict[str, NDArray[np.bool_]]
     labelled: bool = True
+
+    def read(self) -> NDArray[np.uint8]:
+        """Reads the photo, ``(H, W, 3)`` uint8 BGR: as it is stored, which is what boxes refer to; else upright.
+
+        Raises:
+            InputError: See :func:`read_image`.
+        """
+        return read_image(self.path, upright=not self.labelled)
 
 
 class Difficulty(NamedTuple):
@@ -263,9 +271,18 @@ def find_photos(images: Path, suffixes: Collection[str] = IMAGE_SUFFIXES) -> lis
 
     Returns:
         Paths relative to the folder with ``/`` between their parts, sorted; hidden files and folders are left out.
+
+    Raises:
+        InputError: A folder cannot be looked into.
     """
+
+    def refuse(error: OSError) -> None:
+        raise InputError(
+            f"{error.filename}: cannot be looked into ({error.strerror}); check its permissions"
+        ) from error
+
     photos = []
-    for folder, folders, files in os.walk(images, followlinks=True):
+    for folder, folders, files in os.walk(images, onerror=refuse, followlinks=True):
         # A link to a folder above would be followed forever.
         here = Path(folder).resolve()
         folders[:] = [name for name in folders if name[0] != "." and not here.is_relative_to((here / name).resolve())]

@@ -16,7 +16,7 @@ from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
 from retinaface.cpus import usable_cpus
-from retinaface.data.annotations import MEAN_BGR, Sample, read_image
+from retinaface.data.annotations import MEAN_BGR, Sample
 from retinaface.data.transforms import FACE, IGNORED, TrainTransform, TransformedSample
 from retinaface.errors import InputError
 
@@ -66,7 +66,7 @@ class TrainDataset(Dataset[TrainItem]):
         for step in range(len(self)):
             sample = self.samples[(draw + step) % len(self)]
             try:
-                image = read_image(sample.path)
+                image = sample.read()
             except InputError:
                 skipped.append(str(sample.path))
                 continue
@@ -95,7 +95,7 @@ class ValidationDataset(Dataset[ValidationItem]):
     @override
     def __getitem__(self, index: int) -> ValidationItem:
         sample = self.samples[index]
-        image = read_image(sample.path)
+        image = sample.read()
         height, width = image.shape[:2]
         scale = min(1.0, (self.longest or np.inf) / max(height, width))
         if scale < 1:

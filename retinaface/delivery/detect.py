@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from itertools import chain, count, groupby
 from pathlib import Path
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from retinaface.data.annotations import IMAGE_SUFFIXES, read_image
 from retinaface.delivery.runtime import Detector
-from retinaface.delivery.sources import Source, Video, is_photo, open_video
+from retinaface.delivery.sources import CSV_NAME, JSON_NAME, Source, Video, earlier_results, is_photo, open_video
 from retinaface.errors import InputError
 from retinaface.model.postprocess import Detections
 from retinaface.progress import with_progress
@@ -62,15 +62,17 @@ def detect_files(
     score_threshold: float = 0.5,
     nms_threshold: float = 0.4,
     frames: int | None = None,
+    longest: int | None = None,
 ) -> tuple[Found, list[str]]:
     """Detects faces and writes annotated copies, ``detections.json`` and ``detections.csv``.
 
-    The JSON is an object from source, as given, to ``{"boxes": [[x1, y1, x2, y2]], "scores": [], "landmarks": [[[x, y]
-    x 5]]}`` in pixels; for a video to ``{"frames_per_second": ..., "frames": [...]}`` with such an object per frame.
-    The CSV has a row per face: source, number of the frame from 0 (empty for photos), box, score and landmarks. Copies
-    of videos are MP4 files (MPEG-4, without sound). Each file appears only when it is complete. Copies of an earlier
-    run are replaced; in a folder that holds one of the sources nothing but the JSON and the CSV is, and copies get a
-    number.
+    The JSON is an object from source, as given, to ``{"copy": ..., "boxes": [[x1, y1, x2, y2]], "scores": [],
+    "landmarks": [[[x, y] x 5]]}``: the annotated copy's name, and faces in pixels; for a video to ``{"copy": ...,
+    "frames_per_second": ..., "frames": [...]}`` with such an object, but for the copy, per frame. The CSV has a row per
+    face: source, number of the frame from 0 (empty for photos), box, score and landmarks. Copies of videos are MP4
+    files (MPEG-4, without sound). Each file appears only when it is complete; a run that is stopped or fails leaves
+    what it has found so far. What an earlier run has written to the folder is replaced; nothing else there is, and
+    copies get a number where their name is taken.
 
     Args:
         detector: What finds them.
@@ -80,54 +82,79 @@ def detect_files(
         score_threshold: Faces with a lower score are dropped.
         nms_threshold: Of two boxes with a higher IoU the lower-scored one is dropped.
         frames: Of a video or camera, at most.
+        longest: Pictures whose long side is above this many pixels are shrunk to it for the detector.
 
     Returns:
-        Detections by source, and a message for each that could not be read, or not to its end.
+        Detections by source, and a message for each that could not be read, or not to its end, or not be copied.
 
     Raises:
-        InputError: The folder cannot be written to.
+        InputError: The folder cannot be written to, or has a ``detections.json`` or ``.csv`` that is not of a run.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out}: cannot be made a folder ({error.strerror}); choose another --out") from error
+    earlier = earlier_results(out)
+    for name in {JSON_NAME, CSV_NAME} - earlier:
+        if (out / name).exists():
+            raise InputError(f"{out / name}: is not of an earlier run; choose another --out, or remove it")
     found: Found = {}
-    unreadable: list[str] = []
+    messages: list[str] = []
     sources = list(dict.fromkeys(sources))
-    copies = _copies(sources, out)
+    copies = _copies(sources, out, earlier)
 
     def find(picture: NDArray[np.uint8]) -> tuple[Detections, NDArray[np.uint8]]:
-        faces = detector.detect(picture, score_threshold, nms_threshold)
+        faces = detector.detect(picture, score_threshold, nms_threshold, longest=longest)
         return faces, draw(picture, faces.boxes.numpy(), faces.scores.numpy(), faces.landmarks.numpy())
 
-    for photos, group in groupby(sources, is_photo):
-        # A bar for the photos up to the next video, and one for its frames.
-        for source in with_progress(list(group), "detecting") if photos else group:
-            try:
-                opened = read_image(str(source), upright=True) if photos else open_video(source, frames)
-            except InputError as error:
-                unreadable.append(str(error))
-                continue
-            if isinstance(opened, Video):
-                in_video, stopped = _detect_video(find, opened, copies[source])
-                if in_video.frames:
-                    found[str(source)] = in_video
-                if not stopped and opened.lacks(len(in_video.frames)):
-                    unreadable.append(f"{source}: ends after {len(in_video.frames)} of {opened.count} frames")
-            else:
-                found[str(source)], picture = find(opened)
-                with _result_file(copies[source]) as part:
-                    written, content = cv2.imencode(part.suffix, picture)
-                    if not written:
-                        raise InputError(
-                            f"{copies[source]}: is no kind of file for this picture; convert {source} to PNG"
-                        )
-                    part.write_bytes(content.tobytes())
-    with _result_file(out / "detections.json") as part:
-        part.write_text(json.dumps({source: _plain(each) for source, each in found.items()}, indent=1) + "\n", "utf-8")
-    with _result_file(out / "detections.csv") as part:
-        part.write_text(_as_csv(found), "utf-8", newline="")
-    return found, unreadable
+    try:
+        for photos, group in groupby(sources, is_photo):
+            # A bar for the photos up to the next video, and one for its frames.
+            for source in with_progress(list(group), "detecting") if photos else group:
+                try:
+                    opened = read_image(str(source), upright=True) if photos else open_video(source, frames)
+                except InputError as error:
+                    messages.append(str(error))
+                    continue
+                if isinstance(opened, Video):
+                    in_video, stopped = _detect_video(find, opened, copies[source])
+                    if in_video.frames:
+                        found[str(source)] = in_video
+                    if not stopped and opened.lacks(len(in_video.frames)):
+                        messages.append(f"{source}: ends after {len(in_video.frames)} of {opened.count} frames")
+                else:
+                    found[str(source)], picture = find(opened)
+                    if not _write_picture(picture, copies[source]):
+                        copy = copies.pop(source)
+                        messages.append(f"{source}: no copy, as a {copy.suffix} file cannot hold it; convert it to PNG")
+    except BaseException:
+        if found:
+            _write_results(found, copies, out)
+        raise
+    _write_results(found, copies, out)
+    return found, messages
+
+
+def _write_picture(picture: NDArray[np.uint8], copy: Path) -> bool:
+    """Whether a file of this kind can hold the picture; it is written then."""
+    try:
+        written, content = cv2.imencode(copy.suffix, picture)
+    except cv2.error:
+        written = False
+    if written:
+        with _result_file(copy) as part:
+            part.write_bytes(content.tobytes())
+    return written
+
+
+def _write_results(found: Found, copies: Mapping[Source, Path], out: Path) -> None:
+    names = {str(source): copy.name for source, copy in copies.items()}
+    facts = {source: {"copy": names.get(source), **_plain(each)} for source, each in found.items()}
+    with _result_file(out / JSON_NAME) as part:
+        part.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+    with _result_file(out / CSV_NAME) as part:
+        # Names of files need not be UTF-8.
+        part.write_text(_as_csv(found), "utf-8", "surrogateescape", newline="")
 
 
 def _detect_video(find: Find, video: Video, copy: Path) -> tuple[VideoDetections, bool]:
@@ -184,13 +211,11 @@ def _result_file(path: Path) -> Iterator[Path]:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
 
 
-def _copies(sources: Sequence[Source], out: Path) -> dict[Source, Path]:
-    """Where the annotated copy of each source goes."""
-    files = [source for source in sources if isinstance(source, Path)]
-    names = Counter(path.name for path in files)
-    # What lies beside a source is a person's own: nothing there is overwritten.
-    beside_a_source = any(path.resolve().parent == out.resolve() for path in files)
-    taken = {path.name.lower() for path in out.iterdir()} if beside_a_source else set()
+def _copies(sources: Sequence[Source], out: Path, earlier: Set[str]) -> dict[Source, Path]:
+    """Where the annotated copy of each source goes; the results of an earlier run may be overwritten."""
+    names = Counter(source.name for source in sources if isinstance(source, Path))
+    used = {source.name for source in sources if isinstance(source, Path) and source.resolve().parent == out.resolve()}
+    taken = {path.name.lower() for path in out.iterdir() if path.name not in earlier - used}
     copies = {}
     for source in sources:
         path = source if isinstance(source, Path) else Path(f"camera_{source}")

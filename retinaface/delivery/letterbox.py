@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from retinaface.data.annotations import MEAN_BGR
+from retinaface.errors import InputError
 from retinaface.model.network import SMALLEST_PICTURE, NetworkConfig, Outputs, normalize
 from retinaface.model.postprocess import Detections
 
@@ -29,33 +30,49 @@ class Letterboxed(NamedTuple):
     scales: Tensor
 
 
-def letterbox(images: Sequence[NDArray[np.uint8]], size: tuple[int, int] | None = None) -> Letterboxed:
+def letterbox(
+    images: Sequence[NDArray[np.uint8]], size: tuple[int, int] | None = None, longest: int | None = None
+) -> Letterboxed:
     """Brings photos to one size.
 
     Args:
         images: At least one photo, ``(H, W, 3)`` uint8 BGR, as OpenCV reads it.
         size: Height and width in pixels of a network that takes no other: what does not fit in is shrunk, with its
-            aspect ratio kept. With None nothing is resized, and the largest height and width of all photos, at least 64
-            pixels, are the size.
+            aspect ratio kept. With None the largest height and width of all photos, at least 64 pixels, are the size.
+        longest: Photos whose long side is above this are shrunk to it; None keeps every photo as it is.
 
     Returns:
         The input, and where the photos are in it.
+
+    Raises:
+        InputError: One is no such photo.
     """
-    height, width = size or (max(SMALLEST_PICTURE, *(image.shape[side] for image in images)) for side in (0, 1))
+    for image in images:
+        _require_picture(image)
+    limits = [min(side, longest or side) for side in size or (max(max(image.shape) for image in images),) * 2]
+    fitted = [_shrink_into(image, *limits) for image in images]
+    height, width = size or (max(SMALLEST_PICTURE, *(image.shape[side] for image in fitted)) for side in (0, 1))
     # Planes are made of bytes, before they are four times as many.
     canvas = np.empty((len(images), 3, height, width), np.uint8)
     canvas[:] = np.array(MEAN_BGR, np.uint8)[:, None, None]
-    extents = []
-    for photo, image in zip(canvas, images, strict=True):
-        fitted = _shrink_into(image, height, width)
-        rows, columns = fitted.shape[:2]
-        photo[:, :rows, :columns] = fitted.transpose(2, 0, 1)
-        extents.append((rows, columns))
+    extents = [(image.shape[0], image.shape[1]) for image in fitted]
+    for photo, image, (rows, columns) in zip(canvas, fitted, extents, strict=True):
+        photo[:, :rows, :columns] = image.transpose(2, 0, 1)
     scales = [
         [columns / image.shape[1], rows / image.shape[0]]
         for (rows, columns), image in zip(extents, images, strict=True)
     ]
     return Letterboxed(normalize(torch.from_numpy(canvas)), extents, torch.tensor(scales))
+
+
+def _require_picture(image: NDArray[np.uint8] | None) -> None:
+    if image is None:
+        raise InputError("picture: there is none; cv2.imread gives None for a file that is missing or no picture")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise InputError(
+            f"picture: found {image.dtype} of shape {image.shape}; expected uint8 of shape (height, width, 3), BGR, as "
+            "cv2.imread gives it"
+        )
 
 
 def _shrink_into(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:

@@ -51,8 +51,12 @@ class Detector:
         nms_threshold: float = 0.4,
         top_k: int = 5000,
         keep: int = 750,
+        longest: int | None = None,
     ) -> Detections:
         """Finds the faces in one picture, at its own size; what does not fit in a fixed :attr:`size` is shrunk.
+
+        Faces much larger than the largest anchor (512 pixels) are not found: ``longest`` brings photos of many
+        megapixels to a size that detectors are trained for.
 
         Args:
             image: ``(H, W, 3)`` uint8 BGR, as OpenCV reads it.
@@ -60,11 +64,15 @@ class Detector:
             nms_threshold: Of two boxes with a higher IoU the lower-scored one is dropped.
             top_k: Candidates that enter the suppression.
             keep: Faces that are returned at most.
+            longest: Pictures whose long side is above this many pixels are shrunk to it; None: none are.
 
         Returns:
             The faces, best first, in pixels of the picture.
+
+        Raises:
+            InputError: It is no such picture.
         """
-        return self.detect_batch([image], score_threshold, nms_threshold, top_k, keep)[0]
+        return self.detect_batch([image], score_threshold, nms_threshold, top_k, keep, longest)[0]
 
     def detect_batch(
         self,
@@ -73,6 +81,7 @@ class Detector:
         nms_threshold: float = 0.4,
         top_k: int = 5000,
         keep: int = 750,
+        longest: int | None = None,
     ) -> list[Detections]:
         """Finds the faces in several pictures with one call of the network.
 
@@ -85,15 +94,19 @@ class Detector:
             nms_threshold: As for :meth:`detect`.
             top_k: As for :meth:`detect`, per picture.
             keep: As for :meth:`detect`, per picture.
+            longest: As for :meth:`detect`.
 
         Returns:
             The faces of each picture, best first, in its own pixels.
+
+        Raises:
+            InputError: One is no such picture.
         """
         batch = self.batch or max(1, len(images))
         found = []
         for start in range(0, len(images), batch):
             pictures = list(images[start : start + batch])
-            boxed = letterbox(pictures + pictures[-1:] * (batch - len(pictures)), self.size)
+            boxed = letterbox(pictures + pictures[-1:] * (batch - len(pictures)), self.size, longest)
             outputs = without_padding(self.run(boxed.images), boxed, self.config)
             size = (boxed.images.shape[2], boxed.images.shape[3])
             faces = postprocess(outputs, size, self.config, score_threshold, nms_threshold, top_k, keep)
@@ -212,7 +225,8 @@ def load_detector(
     else:
         run = OpenVinoRuntime(path, threads, device or "CPU")
     form = _read_form(path)
-    if form.weight_bits == 8 and saturates_int8():
+    elsewhere = device not in (None, "CPU") or any("cpu" not in provider.lower() for provider in providers or ())
+    if form.weight_bits == 8 and not elsewhere and saturates_int8():
         warnings.warn(
             f"{path}: this CPU has no INT8 dot products (VNNI), so sums of products of 8-bit numbers are cut off at 16 "
             "bits and faces can be missed; quantize with `weight_bits: 7`, or evaluate this file here before using it",

@@ -1,10 +1,12 @@
 """What faces are looked for in: photos, videos and cameras."""
 
 import glob
+import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -13,7 +15,11 @@ from numpy.typing import NDArray
 from retinaface.data.annotations import IMAGE_SUFFIXES, find_photos
 from retinaface.errors import InputError
 
-VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"})
+VIDEO_SUFFIXES = frozenset(
+    {".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".webm", ".wmv"}
+)
+
+JSON_NAME, CSV_NAME = "detections.json", "detections.csv"
 
 # A file, or the number of a camera.
 Source = Path | int
@@ -21,53 +27,99 @@ Source = Path | int
 _USUAL_FPS = 25.0
 
 
-def find_sources(arguments: Sequence[str], out: Path) -> tuple[list[Source], list[str]]:
+class Sources(NamedTuple):
+    """What is meant by words of a command line.
+
+    Attributes:
+        found: Each once, in the order of the words, those of one word sorted by name. A file that does not exist is a
+            source: who reads it will say so.
+        empty: A message for each word that nothing was found for, or whose folder cannot be looked into.
+        left_out: Suffixes of other files in the folders, in lower case, and how many there are of each.
+    """
+
+    found: list[Source]
+    empty: list[str]
+    left_out: Counter[str]
+
+
+def find_sources(arguments: Sequence[str], out: Path) -> Sources:
     """Finds what is meant by words of a command line.
 
     Args:
         arguments: Files; folders, which are searched with all below them; patterns such as ``photos/**/*.jpg``; numbers
             of cameras.
-        out: Folder of results, which are not taken for photos where it is below one of the folders.
+        out: Folder of results, which are not taken for photos where it is below one of the folders. In one of the
+            folders itself, the copies that an earlier run has made are not.
 
     Returns:
-        The sources, each once, in the order of the words, those of one word sorted by name; and a message for each word
-        that nothing was found for. A file that does not exist is a source: who reads it will say so.
+        What there is.
     """
     sources: list[Source] = []
     empty = []
+    others: set[Path] = set()
     for argument in arguments:
-        found = _meant_by(argument, out)
+        try:
+            found = _meant_by(argument, out, others)
+        except InputError as error:
+            empty.append(str(error))
+            continue
         sources += found
         if not found:
             empty.append(f"{argument}: no photo or video there; check the path, and put patterns in quotes")
-    return list(dict.fromkeys(sources)), empty
+    left_out = Counter(path.suffix.lower() or "without suffix" for path in others)
+    return Sources(list(dict.fromkeys(sources)), empty, left_out)
 
 
-def _meant_by(argument: str, out: Path) -> Sequence[Source]:
+def _meant_by(argument: str, out: Path, others: set[Path]) -> Sequence[Source]:
     path = Path(argument)
     if path.exists():
-        return _files_at(path, out)
+        return _files_at(path, out, others)
     if argument.isdecimal():
         return [int(argument)]
     if any(sign in argument for sign in "*?["):
         matches = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207 (that of Path takes no absolute pattern)
-        return _without_results([file for match in matches for file in _files_at(Path(match), out)], Path.cwd(), out)
+        files = [file for match in matches for file in _files_at(Path(match), out, others)]
+        return _without_results(files, Path.cwd(), out)
     return [path]
 
 
-def _files_at(path: Path, out: Path) -> list[Path]:
+def _files_at(path: Path, out: Path, others: set[Path]) -> list[Path]:
+    """The file, or the photos and videos in a folder; what else is in it is added to ``others``."""
     if not path.is_dir():
         return [path]
-    files = [path / name for name in find_photos(path, IMAGE_SUFFIXES | VIDEO_SUFFIXES)]
-    return _without_results(files, path, out)
+    files = _without_results([path / name for name in find_photos(path, {""})], path, out)
+    others.update(file for file in files if file.suffix.lower() not in IMAGE_SUFFIXES | VIDEO_SUFFIXES)
+    return [file for file in files if file not in others]
 
 
 def _without_results(files: list[Path], folder: Path, out: Path) -> list[Path]:
-    """Leaves out what lies in the folder of results, where that is below the folder that was looked in."""
+    """Leaves out what lies in the folder of results, or in the folder itself what an earlier run has written there."""
     results, whole = out.resolve(), folder.resolve()
-    if results == whole or not results.is_relative_to(whole):
+    if not results.is_relative_to(whole):
         return files
+    if results == whole:
+        earlier = {results / name for name in earlier_results(out)}
+        return [file for file in files if file.resolve() not in earlier]
     return [file for file in files if not file.resolve().is_relative_to(results)]
+
+
+def earlier_results(out: Path) -> set[str]:
+    """Names of the files that an earlier run has written to a folder, by the ``detections.json`` that it left there.
+
+    Args:
+        out: The folder; it need not be there.
+
+    Returns:
+        Nothing where there is no such file, or one that is not of a run.
+    """
+    try:
+        content = json.loads((out / JSON_NAME).read_text(encoding="utf-8"))
+        copies = [faces["copy"] for faces in content.values()]
+    except (AttributeError, KeyError, OSError, TypeError, ValueError):
+        return set()
+    if not all(copy is None or isinstance(copy, str) for copy in copies):
+        return set()
+    return {JSON_NAME, CSV_NAME, *filter(None, copies)}
 
 
 def is_photo(source: Source) -> bool:

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from rich.table import Table
 
-from retinaface.data.annotations import Sample, read_image
+from retinaface.data.annotations import Sample
 from retinaface.data.loading import TrainItem, TrainLoader, collate_train
 from retinaface.data.transforms import FACE, IGNORED, TrainTransform
 from retinaface.progress import with_progress
@@ -24,7 +24,7 @@ class SampleTimings:
 
     Attributes:
         decode: ``cv2.imread`` of the file, to compare with.
-        read: Reading with the checks of :func:`retinaface.data.annotations.read_image`.
+        read: Reading with the checks of :meth:`retinaface.data.annotations.Sample.read`.
         crop: The random square alone, cut and resized.
         transform: The whole augmentation, crop included.
         collate: Its share of putting a batch together.
@@ -86,7 +86,7 @@ def time_samples(
     for seed, (number, sample) in enumerate(with_progress(passes, "timing photos")):
         labels = np.where(sample.counted["all"], FACE, IGNORED)
         _, decode = _timed(cv2.imread, str(sample.path))
-        image, read = _timed(read_image, sample.path)
+        image, read = _timed(sample.read)
         result, whole = _timed(transform, image, sample.boxes, sample.landmarks, labels, seed)
         _, crop = _timed(crop_only, image, sample.boxes, sample.landmarks, labels, seed)
         items.append({**result, "name": sample.name, "skipped": []})

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from retinaface.evaluation.benchmark import Rounds, Timing
@@ -42,7 +41,7 @@ def describe_rounds(rounds: Rounds) -> str:
 
 def describe_failures(rounds: Rounds) -> list[str]:
     """Says of each model that a runtime does not run what is wrong, a sentence each."""
-    names = _short_names(map(str, rounds.models))
+    names = short_names(map(str, rounds.models))
     return [
         f"{names[each.model]} does not run in {RUNTIME_NAMES[each.runtime]}: {each.reason}." for each in rounds.failures
     ]
@@ -60,7 +59,7 @@ def describe_fastest(rounds: Rounds) -> list[str]:
     if len({runtime for _, runtime in rounds.entries}) == 1:
         return []
     first, *others = rounds.fastest()
-    names = _short_names(map(str, rounds.models))
+    names = short_names(map(str, rounds.models))
     times = [
         f"{names[each.model]} in {RUNTIME_NAMES[each.runtime]} {each.median_ms:.2f} ms" for each in (first, *others)
     ]
@@ -78,7 +77,7 @@ def benchmark_markdown(
 
     Args:
         every: a benchmark per combination of size, batch and threads.
-        footprints: of the same models and runtimes.
+        footprints: of the same models and runtimes; none where they could not be measured.
         footprints_of: what they were measured with.
         machine: of :func:`retinaface.evaluation.benchmark.machine_facts`.
     """
@@ -93,21 +92,22 @@ def benchmark_markdown(
         lines += ["", f"## {describe_rounds(rounds)}", "", *_markdown(_TIMING_HEADINGS, _timing_rows(rounds))]
         sentences = describe_failures(rounds) + describe_fastest(rounds)
         lines += [line for sentence in sentences for line in ("", sentence)]
-    lines += ["", "## File size and peak memory", ""]
-    lines += [f"Memory: {footprints_of}.", "", *_markdown(_FOOTPRINT_HEADINGS, _footprint_rows(footprints))]
+    if footprints:
+        lines += ["", "## File size and peak memory", "", f"Memory: {footprints_of}.", ""]
+        lines += _markdown(_FOOTPRINT_HEADINGS, _footprint_rows(footprints))
     facts = {name: ", ".join(value) if isinstance(value, list) else value for name, value in machine.items()}
     lines += ["", "## Machine and versions", "", *(f"- {name}: {value}" for name, value in facts.items() if value)]
     return "\n".join([*lines, ""])
 
 
-def _short_names(models: Iterable[str]) -> dict[str, str]:
-    """File names, or whole paths where files of one name are in several folders."""
+def short_names(models: Iterable[str]) -> dict[str, str]:
+    """What to call models: file names, or whole paths where files of one name are in several folders."""
     names = {model: Path(model).name for model in models}
     return names if len({*names.values()}) == len(names) else {model: model for model in names}
 
 
 def _timing_rows(rounds: Rounds) -> list[list[str]]:
-    timings, names = rounds.timings(), _short_names(map(str, rounds.models))
+    timings, names = rounds.timings(), short_names(map(str, rounds.models))
     timed = [
         [
             names[timing.model],
@@ -125,7 +125,7 @@ def _timing_rows(rounds: Rounds) -> list[list[str]]:
 
 
 def _footprint_rows(footprints: Sequence[Footprint]) -> list[list[str]]:
-    names = _short_names(each.model for each in footprints)
+    names = short_names(each.model for each in footprints)
     return [
         [names[each.model], each.runtime, f"{each.file_bytes / 1e6:.2f}", f"{each.peak_bytes / 1e6:.1f}"]
         for each in footprints
@@ -139,12 +139,12 @@ def _verdict(timing: Timing) -> str:
 
 
 def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=escape(title), collapse_padding=True, pad_edge=False)
+    table = Table(title=title, collapse_padding=True, pad_edge=False)
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("model", "runtime") else "right", overflow="fold")
         table.columns[-1].no_wrap = heading != "model"
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*row)
     return table
 
 

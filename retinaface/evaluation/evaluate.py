@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ class Photo:
         detections: ``(N, 5)`` float32, xyxy in pixels and score, best first.
         faces: ``(M, 4)`` float32, every annotated face, xyxy in pixels.
         counted: Subset name to ``(M,)`` bool, the faces that count in it.
+        upright: Whether it was turned as its EXIF data say.
     """
 
     path: Path
@@ -58,6 +59,7 @@ class Photo:
     detections: NDArray[np.float32]
     faces: NDArray[np.float32]
     counted: dict[str, NDArray[np.bool_]]
+    upright: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,9 @@ def describe_data(figures: Mapping[str, Any]) -> str:
     return f"{count} photos, {figures['faces']} faces{by_teacher}"
 
 
-def evaluate(model: Path, root: Path, protocol: Protocol = "original", threads: int | None = None) -> Evaluation:
+def evaluate(
+    model: Path, root: Path, protocol: Protocol = "original", load: Callable[[Path], Detector] | None = None
+) -> Evaluation:
     """Evaluates a detector on the validation photos, with a progress bar.
 
     The photos go through one by one: on the CPU a batch of photos of one shape took as long per photo as one alone (2
@@ -146,7 +150,7 @@ def evaluate(model: Path, root: Path, protocol: Protocol = "original", threads: 
         model: ``.pth``, ``.ckpt`` or ``.onnx``.
         root: Data root in WIDER FACE layout.
         protocol: At which sizes the detector sees the photos; see :mod:`retinaface.evaluation.protocols`.
-        threads: As for :func:`retinaface.delivery.runtime.load_detector`.
+        load: Makes a detector of the model; by default :func:`retinaface.delivery.runtime.load_detector`, on the CPU.
 
     Returns:
         The figures.
@@ -156,12 +160,15 @@ def evaluate(model: Path, root: Path, protocol: Protocol = "original", threads: 
     """
     index = read_split(root, "val")
     samples = usable_samples(index, images_folder(root, "val"))
-    evaluation = evaluate_on(model, samples, protocol, threads)
+    evaluation = evaluate_on(model, samples, protocol, load)
     return replace(evaluation, official_photos=len(samples) + len(index.absent) if index.official else None)
 
 
 def evaluate_on(
-    model: Path, samples: Sequence[Sample], protocol: Protocol = "original", threads: int | None = None
+    model: Path,
+    samples: Sequence[Sample],
+    protocol: Protocol = "original",
+    load: Callable[[Path], Detector] | None = None,
 ) -> Evaluation:
     """Evaluates a detector on given photos, with a progress bar.
 
@@ -169,7 +176,7 @@ def evaluate_on(
         model: ``.pth``, ``.ckpt`` or ``.onnx``.
         samples: The photos, at least one, with their faces.
         protocol: As for :func:`evaluate`.
-        threads: As for :func:`evaluate`.
+        load: As for :func:`evaluate`.
 
     Returns:
         The figures; ``official_photos`` is None.
@@ -177,7 +184,7 @@ def evaluate_on(
     Raises:
         InputError: The model or an image cannot be read.
     """
-    detector = load_detector(model, threads)
+    detector = (load or load_detector)(model)
     start = time.perf_counter()
     found = detect_all(detector, samples, f"evaluating {model.name}", protocol)
     seconds = time.perf_counter() - start
@@ -188,6 +195,7 @@ def evaluate_on(
             np.column_stack([faces.boxes.numpy(), faces.scores.numpy()]),
             sample.boxes,
             sample.counted,
+            upright=not sample.labelled,
         )
         for sample, faces in zip(samples, found, strict=True)
     ]
@@ -236,9 +244,7 @@ def detect_all(
     detector: Detector, samples: Sequence[Sample], description: str, protocol: Protocol = "original"
 ) -> list[Detections]:
     """Runs a detector over photos, keeping all but the most hopeless detections, with a progress bar."""
-    return [
-        detect_in_views(detector, read_image(sample.path), protocol) for sample in with_progress(samples, description)
-    ]
+    return [detect_in_views(detector, sample.read(), protocol) for sample in with_progress(samples, description)]
 
 
 def average_precision(detector: Detector, samples: Sequence[Sample], title: str) -> float:
@@ -445,7 +451,7 @@ def draw_judged(photo: Photo) -> NDArray[np.uint8]:
     Raises:
         InputError: The photo cannot be read.
     """
-    return draw_judgement(read_image(photo.path), _shown(photo), photo.faces, photo.counted["all"])
+    return draw_judgement(read_image(photo.path, photo.upright), _shown(photo), photo.faces, photo.counted["all"])
 
 
 def _errors(photo: Photo) -> int:

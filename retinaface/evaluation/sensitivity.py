@@ -14,7 +14,7 @@ from torch.optim.swa_utils import update_bn
 from retinaface.compression.channel_groups import ChannelGroup, Importance, find_groups
 from retinaface.compression.pruning import PruningSettings, apply_plan, make_plan
 from retinaface.compression.structure import load_float_network
-from retinaface.data.annotations import evenly_spread, load_split, read_image
+from retinaface.data.annotations import evenly_spread, load_split
 from retinaface.delivery.export import export_onnx
 from retinaface.delivery.runtime import load_detector
 from retinaface.errors import InputError
@@ -112,7 +112,7 @@ def measure_sensitivity(
         raise InputError("sensitivity: importance taylor needs the gradients of a training; choose another")
     network, _ = load_float_network(model)
     samples = evenly_spread(load_split(root, "val"), limit)
-    photos = [as_input(read_image(sample.path)) for sample in evenly_spread(load_split(root, "train"), recalibrate)]
+    photos = [as_input(sample.read()) for sample in evenly_spread(load_split(root, "train"), recalibrate)]
     groups = find_groups(network, importance)
     with tempfile.TemporaryDirectory() as folder:
         original = Path(folder) / "original.onnx"

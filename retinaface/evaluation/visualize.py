@@ -421,11 +421,14 @@ def plot_benchmark(panels: Mapping[str, Sequence["Timing"]], path: Path) -> None
         panels: title to timings, the one to compare with first.
         path: the file to write; its suffix chooses the format (.png, .svg, .pdf).
     """
+    from retinaface.evaluation.benchmark_text import short_names  # which makes who only draws faces wait for SciPy
+
     heights = [len(timings) + 1.5 for timings in panels.values()]
     figure = Figure(figsize=(9, 0.6 + 0.36 * sum(heights)), layout="constrained")
     every = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (title, timings) in zip(every, panels.items(), strict=True):
         models = [*dict.fromkeys(timing.model for timing in timings)]
+        names = short_names(models)
         colours = dict(zip(models, _colours(len(models)), strict=True))
         places, medians = np.arange(len(timings)), np.array([timing.median_ms for timing in timings])
         spread = [medians - [timing.p10_ms for timing in timings], [timing.p90_ms for timing in timings] - medians]
@@ -433,7 +436,7 @@ def plot_benchmark(panels: Mapping[str, Sequence["Timing"]], path: Path) -> None
         for place, timing in zip(places, timings, strict=True):
             verdict = f" {timing.ratio:.2f}x" if timing.differs else " within noise" if place else ""
             axes.text(timing.p90_ms, place, f"  {timing.median_ms:.2f} ms{verdict}", va="center", fontsize=8)
-        axes.set_yticks(places, [f"{Path(timing.model).name}, {timing.runtime}" for timing in timings], fontsize=8)
+        axes.set_yticks(places, [f"{names[timing.model]}, {timing.runtime}" for timing in timings], fontsize=8)
         axes.set_ylim(len(timings) - 0.4, -0.6)  # the first on top
         axes.set_xlim(0, 1.3 * max(timing.p90_ms for timing in timings))
         axes.set_title(title, fontsize=9)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -222,10 +223,10 @@ def test_split_from_the_official_file(tmp_path):
 def test_annotations_and_photos_that_do_not_fit(tmp_path):
     write(
         tmp_path / "wider_face_split" / "wider_face_train_bbx_gt.txt",
-        "".join(f"{name}\n0\n" for name in ("b/here.jpg", "b/absent.jpg", "scan.tif", "a/here.JPG", "absent.png")),
+        "".join(f"{name}\n0\n" for name in ("b/here.jpg", "b/absent.jpg", "scan.jp2", "a/here.JPG", "absent.png")),
     )
     images = tmp_path / "WIDER_train" / "images"
-    for name in ("b/here.jpg", "a/here.JPG", "scan.tif", "b/more.jpg", "other.png", "b/._more.jpg", "b/notes.txt"):
+    for name in ("b/here.jpg", "a/here.JPG", "scan.jp2", "b/more.jpg", "other.png", "b/._more.jpg", "b/notes.txt"):
         write(images / name, "")
     index = read_split(tmp_path, "train")
     assert [sample.name for sample in index.samples] == ["b/here", "scan", "a/here"]
@@ -334,6 +335,12 @@ def test_read_image_ignores_the_orientation_tag_unless_asked(tmp_path):
     assert cv2.imread(str(turned)).shape == (60, 40, 3)  # the tag is seen by who looks for it
     np.testing.assert_array_equal(read_image(turned), read_image(plain))
     np.testing.assert_array_equal(read_image(turned, upright=True), cv2.imread(str(turned)))
+    # Where nobody labelled it, nothing refers to the stored pixels.
+    (sample,) = [sample for sample in load_unlabelled(tmp_path, "train") if sample.path == turned] or load_unlabelled(
+        tmp_path, "val"
+    )
+    assert sample.read().shape == (60, 40, 3)
+    np.testing.assert_array_equal(replace(sample, labelled=True).read(), read_image(plain))
 
 
 def test_read_image_is_bgr_with_three_channels(tmp_path):
@@ -479,7 +486,7 @@ def test_folders_without_photos_to_learn_from(tmp_path):
     with pytest.raises(InputError, match="nowhere: no such folder; give a folder with photos"):
         load_unlabelled(tmp_path / "nowhere", "train")
     for split in ("train", "val"):
-        with pytest.raises(InputError, match=r"no photos there; expected files that end in \.bmp"):
+        with pytest.raises(InputError, match=r"no photos there; expected files that end in \.avif, \.bmp"):
             load_unlabelled(tmp_path, split)
     write(tmp_path / "one.jpg", "")
     for split in ("train", "val"):

@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 from itertools import repeat
 
 import cv2
@@ -42,14 +43,15 @@ def test_json_and_annotated_copies(detector, tmp_path):
     content = json.loads((out / "detections.json").read_text())
     assert list(content) == list(found) == [str(photo) for photo in photos]
     for path, faces in content.items():
-        assert set(faces) == {"boxes", "scores", "landmarks"}
+        assert set(faces) == {"copy", "boxes", "scores", "landmarks"}
         count = len(faces["scores"])
         assert count > 0
         assert np.shape(faces["boxes"]) == (count, 4)
         assert np.shape(faces["landmarks"]) == (count, 5, 2)
         assert faces["scores"] == sorted(faces["scores"], reverse=True)
         np.testing.assert_allclose(faces["boxes"], found[path].boxes.numpy(), rtol=1e-6)
-        copy = cv2.imread(str(out / path.rsplit("/", 1)[1]))
+        assert faces["copy"] == path.rsplit("/", 1)[1]
+        copy = cv2.imread(str(out / faces["copy"]))
         np.testing.assert_array_equal(copy, 255 - cv2.imread(path))
     assert {path.name for path in out.iterdir()} == {"a.png", "b.png", "detections.json", "detections.csv"}
 
@@ -58,7 +60,7 @@ def test_no_faces_give_empty_lists(detector, tmp_path):
     photo = write_photo(tmp_path / "a.png")
     detect_files(detector, [photo], tmp_path / "out", draw, score_threshold=1.0)
     content = json.loads((tmp_path / "out" / "detections.json").read_text())
-    assert content == {str(photo): {"boxes": [], "scores": [], "landmarks": []}}
+    assert content == {str(photo): {"copy": "a.png", "boxes": [], "scores": [], "landmarks": []}}
 
 
 def test_unreadable_photos_are_named_and_skipped(detector, tmp_path):
@@ -101,9 +103,18 @@ def test_places_that_cannot_be_written(detector, tmp_path):
     photo = write_photo(tmp_path / "a.png")
     with pytest.raises(InputError, match="cannot be made a folder"):
         detect_files(detector, [photo], photo / "out", draw)
-    (tmp_path / "out" / "detections.json").mkdir(parents=True)
+    (tmp_path / "out" / ".detections.part.json").mkdir(parents=True)
     with pytest.raises(InputError, match=r"detections.json: cannot be written"):
         detect_files(detector, [photo], tmp_path / "out", draw)
+
+
+@pytest.mark.parametrize("name", ["detections.json", "detections.csv"])
+def test_results_of_something_else_are_not_overwritten(name, detector, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("{}of somebody")
+    with pytest.raises(InputError, match=rf"{name}: is not of an earlier run; choose another --out"):
+        detect_files(detector, [write_photo(tmp_path / "a.png")], tmp_path / "out", draw)
+    assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ["{}of somebody"]
 
 
 def test_the_photos_themselves_are_left_alone_in_their_own_folder(detector, tmp_path):
@@ -121,14 +132,21 @@ def test_the_photos_themselves_are_left_alone_in_their_own_folder(detector, tmp_
     }
 
 
-def test_nothing_that_lies_beside_a_source_is_overwritten(detector, tmp_path):
-    photo, video = write_photo(tmp_path / "A.png"), write_video(tmp_path / "film.avi")
+@pytest.mark.parametrize("place", [".", "sources"])
+def test_nothing_of_others_is_overwritten_and_everything_of_an_earlier_run(place, detector, tmp_path):
+    (tmp_path / place).mkdir(exist_ok=True)
+    photo, video = write_photo(tmp_path / place / "A.png"), write_video(tmp_path / place / "film.avi")
     others = [tmp_path / "film.mp4", tmp_path / "a_2.png"]
     for other in others:
         other.write_text("of somebody")
-    detect_files(detector, [photo, video], tmp_path, draw, frames=1)
-    assert [other.read_text() for other in others] == ["of somebody"] * 2
-    assert {"film_2.mp4", "A_3.png"} <= {path.name for path in tmp_path.iterdir()}
+    copies = {"film_2.mp4", "A_3.png" if place == "." else "A.png"}
+    for _ in range(2):
+        detect_files(detector, [photo, video], tmp_path, draw, frames=1)
+        assert [other.read_text() for other in others] == ["of somebody"] * 2
+        files = {path.name for path in tmp_path.iterdir() if path.is_file()} - {"A.png", "film.avi"}
+        assert files - copies == {"film.mp4", "a_2.png", "detections.json", "detections.csv"}
+        content = json.loads((tmp_path / "detections.json").read_text())
+        assert {faces["copy"] for faces in content.values()} == copies
 
 
 def test_csv_has_a_row_per_face(detector, tmp_path):
@@ -147,7 +165,7 @@ def test_csv_has_a_row_per_face(detector, tmp_path):
     assert first["score"] == pytest.approx(float(faces.scores[0]), abs=6e-5)
 
 
-def test_what_was_there_stays_whole_where_a_run_stops(detector, tmp_path):
+def test_what_was_found_before_a_run_stops_is_kept_and_files_are_whole(detector, tmp_path):
     photo, video = write_photo(tmp_path / "a.png"), write_video(tmp_path / "b.avi")
     out = tmp_path / "out"
     detect_files(detector, [photo, video], out, draw)
@@ -161,9 +179,50 @@ def test_what_was_there_stays_whole_where_a_run_stops(detector, tmp_path):
 
     with pytest.raises(MemoryError):
         detect_files(detector, [photo, video], out, fail)
-    before["a.png"] = photo.read_bytes()
     assert set(before) == {path.name for path in out.iterdir()}
-    assert all((out / name).read_bytes() == content for name, content in before.items() if name != "a.png")
+    assert (out / "a.png").read_bytes() == photo.read_bytes()
+    assert (out / "b.mp4").read_bytes() == before["b.mp4"]
+    assert list(json.loads((out / "detections.json").read_text())) == [str(photo)]
+    with (out / "detections.csv").open(newline="") as file:
+        assert {row["source"] for row in csv.DictReader(file)} <= {str(photo)}
+    with pytest.raises(MemoryError):  # at the first photo: what there is stays
+        detect_files(detector, [photo], out, fail_at_once)
+    assert list(json.loads((out / "detections.json").read_text())) == [str(photo)]
+
+
+def fail_at_once(*_):
+    raise MemoryError
+
+
+def test_a_picture_that_its_kind_of_file_cannot_hold_is_found_in_but_not_copied(detector, tmp_path, monkeypatch):
+    wide, narrow = tmp_path / "wide.webp", write_photo(tmp_path / "narrow.webp")
+    wide.write_bytes(write_photo(tmp_path / "wide.png", size=(2, 16400)).read_bytes())
+    found, messages = detect_files(detector, [wide, narrow], tmp_path / "out", draw)
+    assert list(found) == [str(wide), str(narrow)]
+    assert messages == [f"{wide}: no copy, as a .webp file cannot hold it; convert it to PNG"]
+    content = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert [faces["copy"] for faces in content.values()] == [None, "narrow.webp"]
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.png", b"x" * 251 + b".png"], ids=["not UTF-8", "as long as can be"])
+def test_odd_names(name, detector, tmp_path):
+    photo = tmp_path / os.fsdecode(name)
+    photo.write_bytes(write_photo(tmp_path / "a.png").read_bytes())
+    detect_files(detector, [photo], tmp_path / "out", draw, score_threshold=0.3)
+    content = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert list(content) == [str(photo)]
+    assert (tmp_path / "out" / photo.name).is_file()
+    assert name in (tmp_path / "out" / "detections.csv").read_bytes()
+
+
+def test_large_pictures_are_shrunk_for_the_detector_alone(detector, tmp_path):
+    photo = write_photo(tmp_path / "a.png", size=(150, 300))
+    found, _ = detect_files(detector, [photo], tmp_path / "out", draw, 0.3, longest=100)
+    expected = detector.detect(cv2.resize(cv2.imread(str(photo)), (100, 50)), 0.3)
+    assert len(expected.scores) > 0
+    torch.testing.assert_close(found[str(photo)].boxes, expected.boxes * 3)
+    torch.testing.assert_close(found[str(photo)].scores, expected.scores)
+    assert cv2.imread(str(tmp_path / "out" / "a.png")).shape == (150, 300, 3)
 
 
 # Videos and cameras
@@ -196,8 +255,9 @@ def test_video(detector, tmp_path, limit, count):
     assert unreadable == []
     content = json.loads((out / "detections.json").read_text())
     assert list(content) == [str(photo), str(video)]
-    assert set(content[str(photo)]) == {"boxes", "scores", "landmarks"}
+    assert set(content[str(photo)]) == {"copy", "boxes", "scores", "landmarks"}
     in_video = content[str(video)]
+    assert in_video["copy"] == "film.mp4"
     assert in_video["frames_per_second"] == found[str(video)].frames_per_second == 12.5
     assert len(in_video["frames"]) == count
     alone = detector.detect(read_video(video)[0][2], 0.3)

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from retinaface.delivery.letterbox import letterbox, to_photo, without_padding
+from retinaface.errors import InputError
 from retinaface.model.anchors import make_anchors
 from retinaface.model.network import NetworkConfig, as_input, pad_small
 from retinaface.model.postprocess import Detections
@@ -52,6 +53,31 @@ def test_what_does_not_fit_in_a_fixed_size_is_shrunk():
     torch.testing.assert_close(faces.boxes, torch.tensor([[50.0, 100.0, 100.0, 200.0]]), rtol=0, atol=3)
     torch.testing.assert_close(faces.landmarks[0, 4], torch.tensor([50.0, 100.0]), rtol=0, atol=3)
     assert torch.equal(boxed.scales[1], torch.ones(2))
+
+
+@pytest.mark.parametrize(("size", "extents"), [(None, [(50, 25), (33, 50)]), ((64, 40), [(50, 25), (27, 40)])])
+def test_large_pictures_are_shrunk_where_asked(size, extents):
+    boxed = letterbox([picture(300, 150), picture(60, 90)], size, longest=50)
+    assert boxed.extents == extents
+    assert boxed.images.shape[2:] == (size or (64, 64))
+    assert letterbox([picture(40, 50)], longest=50).extents == [(40, 50)]
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (None, "there is none; cv2.imread gives None"),
+        (np.zeros((70, 70, 3), np.float32), r"found float32 of shape \(70, 70, 3\); expected uint8"),
+        (np.zeros((70, 70, 3), np.uint16), "found uint16"),
+        (np.zeros((70, 70), np.uint8), r"shape \(70, 70\); expected"),
+        (np.zeros((70, 70, 4), np.uint8), r"shape \(70, 70, 4\)"),
+        (np.zeros((0, 70, 3), np.uint8), r"shape \(0, 70, 3\)"),
+    ],
+    ids=["missing", "float", "16 bits", "grey", "transparent", "empty"],
+)
+def test_what_is_no_picture_is_refused(image, message):
+    with pytest.raises(InputError, match=message):
+        letterbox([picture(70, 70), image])
 
 
 def test_anchors_that_a_picture_alone_would_not_have_find_nothing():

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from retinaface.delivery.sources import find_sources, is_photo
+from retinaface.delivery.sources import earlier_results, find_sources, is_photo
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def found(*words, out="elsewhere"):
-    sources, empty = find_sources(words, Path(out))
+    sources, empty, _ = find_sources(words, Path(out))
     return [source if isinstance(source, int) else source.as_posix() for source in sources], empty
 
 
@@ -68,5 +68,43 @@ def test_words_that_nothing_is_found_for_are_named(folder):
 
 
 def test_photos_and_others(folder):
-    sources, _ = find_sources(["photos/deep", "0", "5"], folder)
+    sources, _, _ = find_sources(["photos/deep", "0", "5"], folder)
     assert [is_photo(source) for source in sources] == [True, False, True, False]
+
+
+def test_files_that_are_neither_are_counted_once(folder):
+    for name in ("a.HEIC", "b.heic", "README"):
+        (folder / "photos" / name).touch()
+    assert find_sources(["photos", "photos/deep", "photos/b.heic"], Path("elsewhere")).left_out == {
+        ".heic": 2,
+        ".txt": 1,
+        "without suffix": 1,
+    }
+    assert Path("photos/b.heic") in find_sources(["photos/b*"], Path("elsewhere")).found  # as asked for
+
+
+def test_what_an_earlier_run_has_written_to_the_folder_is_no_source(folder):
+    for name in ("a_2.png", "detections.csv"):
+        (folder / "photos" / name).touch()
+    everything = find_sources(["photos"], Path("photos"))
+    assert Path("photos/a_2.png") in everything.found
+    (folder / "photos" / "detections.json").write_text('{"photos/a.png": {"copy": "a_2.png"}, "b": {"copy": null}}')
+    sources = find_sources(["photos"], Path("photos"))
+    assert sources.found == [path for path in everything.found if path != Path("photos/a_2.png")]
+    assert sources.left_out == {".txt": 1}
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"a": 1}', '{"a": {"boxes": []}}', '{"a": {"copy": [1]}}'])
+def test_files_of_others_are_not_taken_for_results(content, tmp_path):
+    (tmp_path / "detections.json").write_text(content)
+    assert earlier_results(tmp_path) == set()
+
+
+def test_a_folder_that_cannot_be_looked_into_is_named(folder, monkeypatch):
+    def walk(path, onerror, **_):
+        onerror(PermissionError(13, "Permission denied", f"{path}/secret"))
+
+    monkeypatch.setattr("os.walk", walk)
+    sources = find_sources(["photos", "0"], Path("elsewhere"))
+    assert sources.found == [Path("0")]
+    assert sources.empty == ["photos/secret: cannot be looked into (Permission denied); check its permissions"]

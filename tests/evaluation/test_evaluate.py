@@ -49,7 +49,7 @@ def oracle(tiny_root, monkeypatch):
     """Evaluates an oracle that misses some faces of each photo."""
 
     def call(root=tiny_root, miss=0):
-        monkeypatch.setattr(module, "load_detector", lambda path, threads: Oracle(root, miss))
+        monkeypatch.setattr(module, "load_detector", lambda path: Oracle(root, miss))
         return evaluate(Path("oracle"), root)
 
     return call
@@ -98,7 +98,7 @@ def test_a_detector_agrees_with_itself_and_less_with_another(tiny_root, tiny_che
             return Detections(self.boxes, torch.tensor([0.5, 0.49]), torch.ones(2, 5, 2))
 
     shifts = {"teacher": 0.0, "near": 2.0, "far": 20.0}
-    monkeypatch.setattr(module, "load_detector", lambda model, threads=None: Finder(shifts[model.name]))
+    monkeypatch.setattr(module, "load_detector", lambda model: Finder(shifts[model.name]))
     unlabelled = load_unlabelled(tiny_root / "WIDER_train" / "images", "val") * 3
     samples = labelled_by(Path("teacher"), unlabelled)
     assert [sample.path for sample in samples] == [sample.path for sample in unlabelled]

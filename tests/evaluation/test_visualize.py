@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -302,3 +304,8 @@ def test_benchmark_has_a_panel_per_combination_and_tells_noise(tmp_path):
     for label in ("one thread", "two threads", "teacher.onnx, onnxruntime", "int8.onnx, openvino", "6.00 ms 2.00x"):
         assert label in text
     assert text.count("within noise") == 1
+    namesake = replace(faster, model="other/teacher.onnx")
+    plot_benchmark({"one thread": [first, namesake]}, tmp_path / "plot.svg")
+    text = svg_text(tmp_path / "plot.svg")
+    assert "run/teacher.onnx, onnxruntime" in text
+    assert "other/teacher.onnx, openvino" in text
