@@ -6,7 +6,6 @@ before. Finished stages are skipped, an interrupted one goes on from its last ch
 """
 
 import argparse
-import ctypes
 import json
 import os
 import re
@@ -28,6 +27,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from retinaface.errors import InputError, one_line
+from retinaface.processes import die_with_parent
 from retinaface.slurm import (
     SAVED,
     Cluster,
@@ -47,7 +47,6 @@ CONFIGS = PROJECT / "configs"
 # A log file has room for whole tables.
 _console = Console(markup=False, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 
-_PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
 
 REPORT = "report"
 
@@ -290,6 +289,8 @@ def submit_recipe(run: Run) -> None:
     script, logs = CONFIGS / "slurm" / "compress.sbatch", run.out / "slurm"
     logs.mkdir(exist_ok=True)
     jobs: list[str] = []
+    # What trains nothing has nothing to share out.
+    single = [REPORT, *(stage.name for stage in run.recipe.stages if _trains_nothing(run.arguments(stage)))]
     for name in [*(stage.name for stage in run.recipe.stages), REPORT]:
         if name != REPORT and run.exported(name).is_file():
             _console.print(f"{name}: done before")
@@ -297,8 +298,8 @@ def submit_recipe(run: Run) -> None:
         # Only jobs of one name wait for each other, so no other run may have it. In a file's name % is sbatch's own.
         names = [f"--job-name={run.group}-{name}", f"--output={str(logs / name).replace('%', '%%')}-%j.log"]
         options = [*names, *run.cluster.options()]
-        if name == REPORT:
-            options += ["--nodes=1", "--ntasks-per-node=1"]
+        if name in single:
+            options += ["--nodes=1", "--ntasks-per-node=1", *(["--gpus-per-node=1"] if run.cluster.gpus else [])]
         try:
             before = jobs[-1] if jobs else None
             environment = {"VENV": sys.prefix, "PROJECT": str(PROJECT)}
@@ -318,7 +319,7 @@ def _run(command: list[str]) -> None:
     Raises:
         subprocess.CalledProcessError: It failed.
     """
-    stage = subprocess.Popen(command, start_new_session=True, preexec_fn=_die_with_parent)
+    stage = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent)
     try:
         code = stage.wait()
     except BaseException:  # Ctrl-C or SIGTERM: end the stage and the processes that it started, gently first
@@ -332,13 +333,9 @@ def _run(command: list[str]) -> None:
                 os.killpg(stage.pid, signal.SIGKILL)
         raise
     if code:
+        with suppress(ProcessLookupError):  # with several processes, those that would wait for the failed one for ever
+            os.killpg(stage.pid, signal.SIGKILL)
         raise subprocess.CalledProcessError(code, command)
-
-
-def _die_with_parent() -> None:
-    """Has the system kill this process when its parent is gone (Linux): two must not train in one folder."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _finish(model: Path, exported: Path) -> None:
@@ -404,6 +401,10 @@ def _setting(arguments: Sequence[str], keys: Sequence[str], options: Sequence[st
         elif option in options:
             setting = yaml.safe_load(value)
     return setting
+
+
+def _trains_nothing(arguments: Sequence[str]) -> bool:
+    return bool(_setting(arguments, ("trainer", "max_epochs"), ("--trainer.max_epochs",)) == 0)
 
 
 def _seed(arguments: Sequence[str]) -> int | bool | None:
@@ -588,6 +589,8 @@ def parse_arguments(args: list[str] | None) -> Run:
             ("trainer.devices", "trainer.num_nodes")
         ):
             raise InputError(f"{word}: a job trains with a process per task; give --gpus, or --sbatch='--nodes=2'")
+        if not cluster.submit and word.partition("=")[0].endswith("trainer.num_nodes"):
+            raise InputError(f"{word}: several machines take --submit slurm --sbatch='--nodes=2', or train.py on each")
     names = [*(stage.name for stage in recipe.stages), REPORT]
     if cluster.only is not None and cluster.only not in names:
         raise InputError(f"--only {cluster.only}: recipe {name} has no such stage; expected one of {', '.join(names)}")

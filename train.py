@@ -31,10 +31,11 @@ from typing_extensions import override
 import callbacks  # noqa: F401  so that their classes can be named in a configuration
 import datamodules  # noqa: F401
 from lightning_modules import CompressionModule
-from lightning_modules.checkpoint_io import newest_checkpoint, read_resumable
+from lightning_modules.checkpoint_io import keep_for_this_process, newest_checkpoint, read_resumable
 from lightning_modules.step_benchmark import BenchmarkTrainer, benchmark_options
 from retinaface.data.loading import find_dead_worker
 from retinaface.errors import find_input_error, one_line
+from retinaface.processes import die_with_parent
 
 # Warnings that ask for nothing, and why; all others are shown.
 _HARMLESS = (
@@ -97,6 +98,8 @@ class RetinaFaceCLI(LightningCLI):
         """
         arguments = self.config_init[self.config_init.subcommand]
         folder = arguments.checkpoint.dirpath
+        if folder is not None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            keep_for_this_process(Path(folder))
         if arguments.ckpt_path == "last" and folder is not None:
             arguments.ckpt_path = newest_checkpoint(Path(folder))
         self.trainer.ckpt_path = self.trainer._checkpoint_connector._select_ckpt_path(
@@ -145,4 +148,6 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
 
 
 if __name__ == "__main__":
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        die_with_parent()  # the first process has started this one, which would wait for it for ever
     main()

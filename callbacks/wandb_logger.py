@@ -2,12 +2,15 @@
 
 import os
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
+
+_SECONDS_TO_SEND = 60
 
 
 class WandbLogger(LightningWandbLogger):
@@ -54,4 +57,8 @@ class WandbLogger(LightningWandbLogger):
     def finalize(self, status: str) -> None:
         super().finalize(status)
         if status == "requeued" and self._experiment is not None:
-            self._experiment.finish()  # W&B's own process would be ended together with this one
+            # W&B's own process would be ended together with this one. It would wait without limit for a network that is
+            # gone, and the job not be requeued; what is not sent by then is on the disk.
+            ending = Thread(target=self._experiment.finish, daemon=True)
+            ending.start()
+            ending.join(_SECONDS_TO_SEND)

@@ -2,10 +2,11 @@
 
 import io
 import os
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-from zipfile import ZipFile
+from typing import IO, Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -13,13 +14,17 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from retinaface.errors import InputError, one_line
-from retinaface.model.checkpoints import read_torch_file
+from retinaface.model.checkpoints import DAMAGED, is_whole, read_torch_file
+
+if sys.platform != "win32":
+    import fcntl
 
 REQUEUED = "requeued.ckpt"
 """What ``callbacks.Requeue`` saves."""
 
 _PREVIOUS = ".previous"
-_DAMAGED = "damaged, its checksums do not fit its content; restore it, or start without it"
+_PATIENCE = 120  # seconds; NFS notices after 90 that a client is gone
+_kept: dict[Path, IO[str]] = {}
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -89,7 +94,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     files = [folder / name for name in sorted(names, key=lambda name: (name == REQUEUED, name))]
     damaged: dict[Path, InputError] = {}
     while (newest := _furthest_on(files, damaged)) is not None and not is_whole(newest):
-        damaged[newest] = InputError(f"{newest}: {_DAMAGED}")
+        damaged[newest] = InputError(f"{newest}: {DAMAGED}")
     for error in damaged.values():
         rank_zero_info(f"damaged checkpoint passed over: {one_line(error)}")
         if newest is None:
@@ -119,7 +124,8 @@ def read_resumable(path: str | Path, mmap: bool = False) -> dict[str, Any]:
 
     Args:
         path: The checkpoint.
-        mmap: Whether to leave the tensors in the file; then their content is not checked, see :func:`is_whole`.
+        mmap: Whether to leave the tensors in the file; then their content is not checked, see
+            :func:`retinaface.model.checkpoints.is_whole`.
 
     Raises:
         InputError: It is missing, damaged, or not a checkpoint of a fit.
@@ -130,15 +136,37 @@ def read_resumable(path: str | Path, mmap: bool = False) -> dict[str, Any]:
             f"{path}: not a checkpoint that train.py saved, and --ckpt_path goes on only from those; give weights to "
             "start from with --model.init_args.weights"
         )
-    if not mmap and not is_whole(Path(path)):
-        raise InputError(f"{path}: {_DAMAGED}")
     return content
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a file is there with all its content unchanged: the checksums fit, which torch does not look at."""
+def keep_for_this_process(folder: Path) -> None:
+    """Lets no other process train into a folder until this one ends: their checkpoints would replace each other's.
+
+    The system knows it, over NFS too; where a file system does not, nothing is kept. Who trains there may just be
+    ending, or be on a node that is gone, which the server of a file system takes a while to notice.
+
+    Raises:
+        InputError: Another process trains into it, and has not ended after two minutes.
+    """
+    if sys.platform == "win32" or folder in _kept:
+        return
     try:
-        with ZipFile(path) as content:
-            return content.testzip() is None
-    except Exception:  # zipfile raises several kinds for what is damaged
-        return False
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written to ({error.strerror}); choose another folder") from error
+    for second in range(_PATIENCE):
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's not inherited by the loader's processes
+        except BlockingIOError:
+            if second == 0:
+                rank_zero_info(f"{folder}: another process trains into it; waiting for its end")
+            time.sleep(1)
+        except OSError:
+            break
+        else:
+            break
+    else:
+        file.close()
+        raise InputError(f"{folder}: another process trains into it; wait for its end, or give this one another folder")
+    _kept[folder] = file

@@ -312,8 +312,12 @@ class RetinaFaceModule(L.LightningModule):
         optimizer = torch.optim.AdamW(
             parameter_groups(trained, factors, self.optimizer), lr=self.optimizer.learning_rate
         )
-        steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, self.optimizer))
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise InputError(
+                "trainer.max_epochs: -1 has no end, where the learning rate could be down; give a number, or max_steps"
+            )
+        scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, int(steps), self.optimizer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @override

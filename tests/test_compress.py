@@ -435,6 +435,22 @@ def wait_until(condition, seconds):
     return condition()
 
 
+def test_no_process_of_a_failed_stage_goes_on(tmp_path):
+    """With several processes, the others would wait for the one that failed."""
+    script = """
+import subprocess, sys
+from pathlib import Path
+
+child = subprocess.Popen(["sleep", "60"])
+Path(sys.argv[1]).write_text(str(child.pid))
+sys.exit(3)
+"""
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        compress._run([sys.executable, "-c", script, str(tmp_path / "pid")])
+    assert error.value.returncode == 3
+    assert wait_until(lambda: not is_running(int((tmp_path / "pid").read_text())), 10)
+
+
 @pytest.fixture
 def sleeping_stage(tmp_path):
     """compress.py in a process, and the processes of the stage that it runs: the stage itself and a helper."""

@@ -38,6 +38,7 @@ stages:
   - {name: teacher, config: [data/synthetic_faces.yaml, stage/teacher.yaml]}
   - {name: pruned, config: [data/synthetic_faces.yaml, stage/prune.yaml]}
 """
+PTQ = "  - {name: ptq, config: [data/synthetic_faces.yaml, stage/ptq.yaml]}\n"
 
 
 def program(path, text):
@@ -73,7 +74,7 @@ def test_a_chain_of_jobs(cluster, capsys):
         zip(("teacher", "pruned", "report"), submitted(cluster), strict=True)
     ):
         log = f"--output={cluster / 'out' / 'slurm' / name}-%j.log"
-        own = ["--nodes=1", "--ntasks-per-node=1"] if name == "report" else []
+        own = ["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1"] if name == "report" else []
         waits = ["--dependency=singleton"]
         if number:
             waits = ["--kill-on-invalid-dep=yes", f"--dependency=singleton,afterok:{100 + number}"]
@@ -88,6 +89,15 @@ def test_a_chain_of_jobs(cluster, capsys):
     assert "pruned: job 102, after 101" in shown
     assert "squeue --jobs=101,102,103" in shown
     assert f"tail -F {cluster / 'out' / 'slurm'}/*.log" in shown
+
+
+def test_what_trains_nothing_takes_one_process(cluster):
+    (cluster / "recipe.yaml").write_text(RECIPE + PTQ)
+    compress.main(["recipe.yaml", "--out", "out", "--submit", "slurm", "--gpus=8", "--sbatch=--nodes=2"])
+    shares = [[word for word in words if re.match("--(nodes|ntasks|gpus)", word)] for words, *_ in submitted(cluster)]
+    all_of_them = ["--gpus-per-node=8", "--ntasks-per-node=8", "--nodes=2"]
+    one = [*all_of_them, "--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1"]  # the last ones count
+    assert shares == [all_of_them, all_of_them, one, one]
 
 
 def test_what_is_done_is_not_submitted(cluster, capsys):
@@ -132,6 +142,8 @@ def test_no_slurm_is_one_line(cluster, capsys):
         (["--partition=fast"], "add --submit slurm"),
         (["--submit=slurm", "--only=teacher"], "leave --only and --srun to the jobs"),
         (["--submit=slurm", "--sbatch='a"], "No closing quotation"),
+        (["--trainer.num_nodes=2"], "several machines take --submit slurm"),
+        (["--teacher.trainer.num_nodes", "2"], "several machines take --submit slurm"),
         (["--only=int8"], "no such stage; expected one of teacher, pruned, report"),
         (["--only=report"], "teacher, pruned must be done before"),
     ],
@@ -274,8 +286,11 @@ def test_a_single_training(given, folder, run_script, tmp_path):
     assert words[:3] == ["--kill-on-bad-exit=1", "--export=ALL", str(tmp_path / "bin" / "python")]
     assert "a b.yaml" in words
     assert {f"--trainer.default_root_dir={folder}", f"--checkpoint.dirpath={folder}/checkpoints"} <= set(words)
-    assert words[-2:] == [f"WANDB_DIR={folder}", f"id={Path(folder).name}"]
+    assert words[-2] == f"WANDB_DIR={folder}"
+    assert re.fullmatch(r"id=[0-9a-f]{14}", words[-1])
     assert (tmp_path / folder).is_dir()  # W&B would take another one
+    assert run_script("bash", str(script), **JOB, **given)[-2:] == words[-2:]  # requeued, it is the same run
+    assert run_script("bash", str(script), **JOB, RUN=f"other/{folder}")[-1] != words[-1]  # of the same name
 
 
 @pytest.mark.parametrize(("given", "folder"), [({}, "runs/name-5"), ({"RUN": "mine/"}, "mine")])

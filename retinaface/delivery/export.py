@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from retinaface import __version__
@@ -164,7 +165,7 @@ def _with_folded_batch_norms(form: OnnxForm) -> OnnxForm:
         if isinstance(module, nn.ReLU | nn.LeakyReLU):
             module.inplace = False
         for (name, convolution), (norm_name, norm) in pairwise(list(module.named_children())):
-            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            if isinstance(convolution, nn.Conv2d) and isinstance(norm, _BatchNorm):  # a SyncBatchNorm too
                 setattr(module, name, fuse_conv_bn_eval(convolution, norm))
                 setattr(module, norm_name, nn.Identity())
     return form

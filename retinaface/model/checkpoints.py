@@ -1,15 +1,18 @@
-"""Reading weights that others published."""
+"""Reading files of weights, and those that others published."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from torch import Tensor, nn
 
 from retinaface.errors import InputError
 from retinaface.model.network import PYRAMID_CHANNELS, Activation, Backbone, NetworkConfig, RetinaFace
+
+DAMAGED = "damaged, its checksums do not fit its content; restore it, or start without it"
 
 Rename = tuple[str, str | Callable[[re.Match[str]], str]]
 
@@ -32,6 +35,7 @@ def read_torch_file(path: Path | str, mmap: bool = False) -> Any:  # noqa: ANN40
     Args:
         path: The file.
         mmap: Whether tensors stay in the file until they are used; only for files that ``torch.save`` writes today.
+            Then their content is not checked, see :func:`is_whole`.
 
     Raises:
         InputError: The file is missing, damaged, or holds more than tensors and plain values.
@@ -39,6 +43,8 @@ def read_torch_file(path: Path | str, mmap: bool = False) -> Any:  # noqa: ANN40
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a checkpoint (.pth or .ckpt)")
+    if not mmap and is_zipfile(path) and not is_whole(path):
+        raise InputError(f"{path}: {DAMAGED}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # whatever the bytes of another kind of file make of the unpickler
@@ -47,6 +53,18 @@ def read_torch_file(path: Path | str, mmap: bool = False) -> Any:  # noqa: ANN40
             f"{path}: not a checkpoint that can be read safely ({reason[:160]}); expected a file written by torch.save "
             "that holds only tensors and plain values"
         ) from error
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file that ``torch.save`` writes today is there with all its content unchanged.
+
+    Its checksums fit then, which torch does not look at.
+    """
+    try:
+        with ZipFile(path) as content:
+            return content.testzip() is None
+    except Exception:  # zipfile raises several kinds for what is damaged
+        return False
 
 
 def load_pretrained(path: Path | str, activation: Activation = "leaky_relu") -> RetinaFace:

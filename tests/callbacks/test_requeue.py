@@ -212,6 +212,15 @@ def test_after_the_training_the_cluster_is_asked_at_once(hook, tmp_path, requeue
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("hook", ["setup", "on_fit_start"])
+def test_where_no_step_will_come_the_cluster_is_asked_at_once(hook, tmp_path, requeued, monkeypatch):
+    """INT8 without training has no epochs."""
+    monkeypatch.setitem(globals(), "EPOCHS", 0)
+    fit(tmp_path, Ask(signal.SIGUSR2, hook, 0), ends=False)
+    assert requeued == ["77"]
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_what_was_saved_last_comes_first(tmp_path):
     """A node that fails after a requeued job has finished an epoch must not lose it."""
     fit(tmp_path, Ask(signal.SIGUSR2, "on_train_batch_start", 0))

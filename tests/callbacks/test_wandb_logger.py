@@ -1,3 +1,5 @@
+from threading import Event
+
 import pytest
 import wandb
 from lightning.pytorch.utilities import rank_zero_only
@@ -79,3 +81,14 @@ def test_a_run_ends_before_its_job_is_requeued(wandb_offline, tmp_path):
     assert wandb.run is None
     (found,) = wandb_offline()
     assert found.history["x"] == [1.0]
+
+
+def test_a_network_that_is_gone_does_not_keep_a_job_from_being_requeued(wandb_offline, tmp_path, monkeypatch):
+    logger = WandbLogger("faces", save_dir=str(tmp_path))
+    run, gone = logger.experiment, Event()
+    monkeypatch.setattr("callbacks.wandb_logger._SECONDS_TO_SEND", 0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(run), "finish", lambda self: gone.wait(60))
+        logger.finalize("requeued")
+    gone.set()
+    run.finish()

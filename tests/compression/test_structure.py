@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from retinaface.compression.quantization import FakeQuantizedRetinaFace, QuantizationSettings
-from retinaface.compression.structure import Structure, load_float_network, load_network
+from retinaface.compression.structure import Structure, load_float_network, load_network, load_structure
 from retinaface.errors import InputError
 from retinaface.model.network import NetworkConfig, RetinaFace
 
@@ -115,3 +115,17 @@ def test_weights_that_do_not_fit_a_quantized_structure(checkpoint_files, tmp_pat
     torch.save(content, tmp_path / "damaged.ckpt")
     with pytest.raises(InputError, match=r"damaged.ckpt: the weights do not fit .*class_heads.0.bias"):
         load_network(tmp_path / "damaged.ckpt")
+
+
+def test_a_changed_bit_is_noticed(checkpoint_files, tmp_path):
+    """Torch would load it."""
+    content = bytearray(checkpoint_files["pruned"].read_bytes())
+    weights = torch.load(checkpoint_files["pruned"], weights_only=True)["state_dict"]
+    largest = max(weights.values(), key=torch.Tensor.numel)
+    content[content.index(largest.contiguous().numpy().tobytes()) + 3] ^= 64
+    path = tmp_path / "changed.ckpt"
+    path.write_bytes(content)
+    assert torch.load(path, weights_only=True)["state_dict"].keys() == weights.keys()
+    for load in (load_network, load_structure):
+        with pytest.raises(InputError, match=r"changed.ckpt: damaged, its checksums do not fit its content"):
+            load(path)

@@ -1,14 +1,18 @@
 import errno
 import os
 import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from lightning_modules import AtomicCheckpointIO, checkpoint_io
-from lightning_modules.checkpoint_io import newest_checkpoint, previous_of
+from lightning_modules.checkpoint_io import keep_for_this_process, newest_checkpoint, previous_of
 from retinaface.errors import InputError
+
+ROOT = Path(__file__).parents[2]
 
 
 def content(value):
@@ -199,3 +203,37 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(damage, tmp_path, caplog):
     previous_of(path).write_bytes(b"")
     with pytest.raises(InputError, match="delete them to start anew"):
         newest_checkpoint(tmp_path)
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from lightning_modules.checkpoint_io import keep_for_this_process
+keep_for_this_process(Path(sys.argv[1]))
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def test_one_process_trains_into_a_folder(tmp_path, monkeypatch, caplog):
+    folder = tmp_path / "checkpoints"
+    monkeypatch.setattr(checkpoint_io, "_PATIENCE", 2)
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as other:
+        assert other.stdout.readline()
+        with caplog.at_level("INFO"), pytest.raises(InputError, match=r"checkpoints: another process trains into it"):
+            keep_for_this_process(folder)
+        assert [record.getMessage() for record in caplog.records] == [
+            f"{folder}: another process trains into it; waiting for its end"
+        ]
+        keep_for_this_process(tmp_path / "another")
+        other.kill()
+    keep_for_this_process(folder)
+    keep_for_this_process(folder)  # it is this process's own
+    (folder / ".lock").unlink()
+
+
+def test_where_nothing_can_be_written_nothing_is_kept(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="checkpoints: cannot be written to"):
+        keep_for_this_process(tmp_path / "file" / "checkpoints")

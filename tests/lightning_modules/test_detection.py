@@ -123,6 +123,14 @@ def test_leaky_relu_is_kept_where_that_is_wanted(tiny_checkpoint):
         RetinaFaceModule(weights=str(tiny_checkpoint), activation="relu", keep_leaky_relu=["backbone.stage9"])
 
 
+def test_a_training_without_end_has_no_schedule():
+    module = RetinaFaceModule()
+    module.trainer = L.Trainer(accelerator="cpu", logger=False, max_epochs=-1, enable_progress_bar=False)
+    module.trainer.fit_loop.setup_data = lambda: None
+    with pytest.raises(InputError, match=r"trainer\.max_epochs: -1 has no end"):
+        module.configure_optimizers()
+
+
 def test_modules_learn_at_rates_of_their_own(tiny_checkpoint):
     """Over the whole schedule; the last that is named counts, and what is outside of the network learns as usual."""
     rates = {"backbone": 0.1, "backbone.*1": 0.5, "*_heads": 2.0}
