@@ -68,7 +68,7 @@ KINDS = {
 }
 """Of the events of a stage; the first part that fits decides."""
 LONGEST = 600
-"""Seconds after which an attempt counts as stuck."""
+"""Seconds without an event after which an attempt counts as stuck."""
 
 
 @dataclass(frozen=True)
@@ -282,6 +282,8 @@ def attempt(folder: Path, recipe: Path, kill_at: Callable[[Event], float | None]
                 continue
             event = Event(*(content[name] for name in ("seconds", "stage", "what", "place")))
             done.events.append(event)
+            if met is None:
+                until = time.monotonic() + LONGEST
             if "resumed" in content:
                 done.resumed[event.stage] = content["resumed"]
             if met is None and (delay := kill_at(event)) is not None:

@@ -12,6 +12,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from retinaface.compression.quantization import QuantizationSettings, prepare_for_training
 from retinaface.compression.structure import load_float_network
@@ -34,6 +37,18 @@ def network(build_network):
 @pytest.fixture
 def file(onnx_files):
     return onnx_files["float"]
+
+
+def test_batch_norms_are_folded_also_where_several_gpus_have_shared_them(build_network):
+    network = build_network(channels=16)
+    shared = TorchSyncBatchNorm()
+    synchronised = shared.revert(shared.apply(deepcopy(network)))  # what is left when a training has ended
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in synchronised.modules())
+    folded = under_test._with_folded_batch_norms(OnnxForm(synchronised.eval(), network.config, OnnxSettings()))
+    assert not any(isinstance(module, _BatchNorm) for module in folded.modules())
+    images = torch.rand(1, 3, 64, 64) * 255 - 110
+    with torch.no_grad():
+        torch.testing.assert_close(folded(images), network(images), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 64, 64), (3, 3, 33, 101), (2, 3, 160, 96), (1, 3, 240, 47)])
