@@ -404,7 +404,10 @@ def _setting(arguments: Sequence[str], keys: Sequence[str], options: Sequence[st
 
 
 def _trains_nothing(arguments: Sequence[str]) -> bool:
-    return bool(_setting(arguments, ("trainer", "max_epochs"), ("--trainer.max_epochs",)) == 0)
+    """Whether its callbacks quantize to INT8 from a few photos."""
+    files = [_read_yaml(Path(value)) for option, value in _options(arguments) if option == "--config"]
+    added = [callback for content in files for callback in (content.get("trainer") or {}).get("callbacks+", [])]
+    return any(callback["class_path"] == "callbacks.PostTrainingQuantization" for callback in added)
 
 
 def _seed(arguments: Sequence[str]) -> int | bool | None:

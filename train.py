@@ -17,6 +17,11 @@ if __name__ == "__main__" and hasattr(signal, "pthread_sigmask"):
     # The imports take seconds, and a cluster may say within them that the time is over: it waits for callbacks.Requeue.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
 
+from retinaface.processes import die_with_parent
+
+if __name__ == "__main__" and os.environ.get("LOCAL_RANK", "0") != "0":
+    die_with_parent()  # who started this one of several processes; it would wait for the first one for ever
+
 # Read when torch is loaded. How long OpenMP's threads keep a core busy that wait for each other: by default so long
 # that beside another busy process most of the time goes into it; not at all is slow where they have the cores alone.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -35,7 +40,6 @@ from lightning_modules.checkpoint_io import keep_for_this_process, newest_checkp
 from lightning_modules.step_benchmark import BenchmarkTrainer, benchmark_options
 from retinaface.data.loading import find_dead_worker
 from retinaface.errors import find_input_error, one_line
-from retinaface.processes import die_with_parent
 
 # Warnings that ask for nothing, and why; all others are shown.
 _HARMLESS = (
@@ -148,6 +152,4 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
 
 
 if __name__ == "__main__":
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        die_with_parent()  # the first process has started this one, which would wait for it for ever
     main()

@@ -167,7 +167,7 @@ class QuantizationAwareTraining(L.Callback):
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._done = trainer.global_step / trainer.estimated_stepping_batches  # infinite without a limit
+        self._done = trainer.global_step / trainer.estimated_stepping_batches
         self._freeze(pl_module)
 
     @override

@@ -46,8 +46,6 @@ class Requeue(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
             self._first_process = trainer.is_global_zero
-            self._trained = trainer.max_epochs == 0  # INT8 without training has no steps to wait for
-            self._requeue_after_training()
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 import sys
 import time
 import warnings
@@ -12,7 +14,7 @@ from inspect import Parameter, signature
 from io import TextIOWrapper
 from itertools import islice, product
 from pathlib import Path
-from tempfile import TemporaryFile
+from types import FrameType
 from typing import Any, Literal, get_args, get_type_hints
 
 import docstring_parser
@@ -53,10 +55,11 @@ def detect(
         nms: Of two boxes with a higher overlap (IoU) the one with the lower score is dropped.
         frames: Of a video or camera, look at this many frames at most.
         longest: Pictures whose long side is above this many pixels are shrunk to it for the model, which sees faces
-            where none are in those of 600 pixels and more, and misses those of 1,000; more than the default, the width
+            where none are in those of 600 pixels and more, and misses those of 1,300; more than the default, the width
             of WIDER FACE's photos, finds smaller faces in large pictures.
         runtime: What runs the model; auto takes torch for .pth and .ckpt, ONNX Runtime for .onnx.
-        providers: ONNX Runtime's execution providers, the preferred one first, such as CUDA or CoreML.
+        providers: ONNX Runtime's execution providers, the preferred one first, such as CUDA or CoreML; behind the other
+            arguments, as all that follow are taken for providers.
         device: Where torch (cpu, cuda, mps) or OpenVINO (CPU, GPU) computes.
         threads: Threads to compute with; by default one per CPU that this process may use, or the runtime's choice.
     """
@@ -118,8 +121,9 @@ def evaluate(
         results: Write what the model found to this folder, in the WIDER result format that wider-ap reads.
         wandb: Send figures and the pictures of --out to this Weights & Biases project.
         json: Also write the figures to this file.
-        runtime: What runs the model and the teacher; auto takes torch for .pth and .ckpt, ONNX Runtime for .onnx.
-        providers: ONNX Runtime's execution providers, the preferred one first, such as CUDA or CoreML.
+        runtime: What runs model and teacher; auto takes torch for .pth and .ckpt, ONNX Runtime for .onnx.
+        providers: ONNX Runtime's execution providers, the preferred one first, such as CUDA or CoreML; behind the other
+            arguments, as all that follow are taken for providers.
         device: Where torch (cpu, cuda, mps) or OpenVINO (CPU, GPU) computes.
         threads: Threads to compute with; by default one per CPU that this process may use, or the runtime's choice.
     """
@@ -328,7 +332,8 @@ def throughput(
         photos: Photos per combination and round, at least.
         rounds: Rounds timed.
         runtime: What runs the model; auto takes torch for .pth and .ckpt, ONNX Runtime for .onnx.
-        providers: ONNX Runtime's execution providers, the preferred one first, such as CUDA or CoreML.
+        providers: ONNX Runtime's execution providers, the preferred one first, such as CUDA or CoreML; behind the other
+            arguments, as all that follow are taken for providers.
         device: Where torch (cpu, cuda, mps) or OpenVINO (CPU, GPU) computes.
         json: Also write the figures to this file.
     """
@@ -647,11 +652,9 @@ def _require_share(values: dict[str, float]) -> None:
 
 def _require_place(path: Path, option: str) -> None:
     """Before hours of work, rather than behind them."""
-    try:
-        with TemporaryFile(dir=next(folder for folder in path.absolute().parents if folder.exists())):
-            pass
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another {option}") from error
+    place = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if place.is_dir() == (place == path.absolute()) or not os.access(place, os.W_OK):
+        raise InputError(f"{path}: cannot be written; choose another {option}")
 
 
 def _write_json(path: Path | None, content: dict[str, Any]) -> None:
@@ -726,6 +729,7 @@ def main(args: list[str] | None = None) -> None:
         SystemExit: With status 2 and a one-line message when the input is wrong.
     """
     config = _parser().parse_args(args)
+    signal.signal(signal.SIGTERM, _end)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
@@ -740,6 +744,11 @@ def main(args: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _end(number: int, _: FrameType | None) -> None:
+    """As Ctrl-C does, so that what is found is kept and parts of files are removed."""
+    raise KeyboardInterrupt
 
 
 def _format_warning(

@@ -3,21 +3,31 @@
 import math
 import os
 import platform
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 _DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
-def usable_cpus() -> list[int]:
-    """Numbers of the logical CPUs that this process may use, in order; all of them where the system does not tell.
+def usable_cpus() -> int:
+    """Count the logical CPUs that this process may use; all of them where the system does not tell.
 
     A container may have less time than its CPUs have (``docker run --cpus 2``; the kernel's documentation, "Control
-    Group v2", ``cpu.max``): then they are the first ones, as many as that time is worth.
+    Group v2", ``cpu.max``): then as many as that time is worth.
     """
-    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
+    return min(len(_allowed_cpus()), _cpus_worth_of_time())
+
+
+def _allowed_cpus() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _cpus_worth_of_time() -> int:
     quota, _, period = _read_text(Path("/sys/fs/cgroup/cpu.max")).partition(" ")
-    return cpus[: math.ceil(int(quota) / int(period))] if quota.isdecimal() else cpus
+    return math.ceil(int(quota) / int(period)) if quota.isdecimal() else sys.maxsize
 
 
 def physical_cores() -> int:
@@ -29,9 +39,9 @@ def physical_cores() -> int:
     folder = Path("/sys/devices/system/cpu")
     siblings = [
         _read_text(folder / f"cpu{cpu}" / "topology" / "thread_siblings_list").strip() or str(cpu)
-        for cpu in usable_cpus()
+        for cpu in _allowed_cpus()
     ]
-    return len(set(siblings))
+    return min(len(set(siblings)), _cpus_worth_of_time())
 
 
 def cpu_name() -> str:

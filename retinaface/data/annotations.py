@@ -6,7 +6,7 @@ All coordinates are pixels of the stored photo, measured from its top left corne
 import logging
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal, NamedTuple
@@ -262,27 +262,25 @@ def images_folder(root: Path | str, split: Split) -> Path:
     return images
 
 
-def find_photos(images: Path, suffixes: Collection[str] = IMAGE_SUFFIXES) -> list[str]:
+def _warn_of(error: OSError) -> None:
+    _log.warning("%s: cannot be looked into, left out (%s)", error.filename, error.strerror)
+
+
+def find_photos(
+    images: Path, suffixes: Collection[str] = IMAGE_SUFFIXES, on_error: Callable[[OSError], None] = _warn_of
+) -> list[str]:
     """Lists the pictures below a folder, by one walk: on a network disk that costs far less than asking for each.
 
     Args:
         images: The folder; links to folders are followed.
         suffixes: What the names may end in, in lower case.
+        on_error: What happens where a folder cannot be looked into; by default a warning.
 
     Returns:
         Paths relative to the folder with ``/`` between their parts, sorted; hidden files and folders are left out.
-
-    Raises:
-        InputError: A folder cannot be looked into.
     """
-
-    def refuse(error: OSError) -> None:
-        raise InputError(
-            f"{error.filename}: cannot be looked into ({error.strerror}); check its permissions"
-        ) from error
-
     photos = []
-    for folder, folders, files in os.walk(images, onerror=refuse, followlinks=True):
+    for folder, folders, files in os.walk(images, onerror=on_error, followlinks=True):
         # A link to a folder above would be followed forever.
         here = Path(folder).resolve()
         folders[:] = [name for name in folders if name[0] != "." and not here.is_relative_to((here / name).resolve())]

@@ -10,7 +10,6 @@ from typing import NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.markup import escape
 from rich.table import Table
 
 from retinaface.cpus import usable_cpus
@@ -177,7 +176,7 @@ def _decode_all(samples: Sequence[Sample], description: str) -> tuple[NDArray[np
     sizes = np.full((len(samples), 2), np.nan)
     problems = []
     # Threads, as OpenCV decodes without holding Python's lock.
-    with ThreadPoolExecutor(len(usable_cpus())) as pool:
+    with ThreadPoolExecutor(usable_cpus()) as pool:
         results = pool.map(_decode, [sample.path for sample in samples])
         for _, row, result in zip(with_progress(samples, description), sizes, results, strict=True):
             if isinstance(result, str):
@@ -262,7 +261,7 @@ def _event_table(checks: Sequence[SplitCheck]) -> Table:
     }
     ordered = sorted(rows, key=lambda event: (-rows[event][:, 1].sum(), event))
     for event in ordered[:_MOST_EVENTS]:
-        table.add_row(escape(event), *(f"{value:,}" for value in rows[event].ravel()))
+        table.add_row(event, *(f"{value:,}" for value in rows[event].ravel()))
     if others := ordered[_MOST_EVENTS:]:
         rest = np.sum([rows[event] for event in others], axis=0)
         table.add_row(f"{len(others)} others", *(f"{value:,}" for value in rest.ravel()))

@@ -230,7 +230,7 @@ def default_workers(processes: int = 1) -> int:
         0 to 16.
     """
     # The CPUs of this machine may not all be this job's: affinity and SLURM tell.
-    own = len(usable_cpus())
+    own = usable_cpus()
     per_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
     if per_task.isdecimal():
         own = min(own, int(per_task))

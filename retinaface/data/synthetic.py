@@ -96,7 +96,7 @@ def write_synthetic_root(
     if min(train, val) < 1 or size < 64 or seed < 0:
         raise InputError(f"synthetic photos: expected train >= 1, val >= 1, size >= 64 and seed >= 0, found {settings}")
     if processes is None:
-        processes = min(len(usable_cpus()), max(1, (train + val) * size**2 // _PIXELS_WORTH_A_PROCESS))
+        processes = min(usable_cpus(), max(1, (train + val) * size**2 // _PIXELS_WORTH_A_PROCESS))
     if _is_complete(root, settings):
         return root
     if root.exists() and not (root / MARKER).is_file() and (not root.is_dir() or any(root.iterdir())):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from retinaface.data.annotations import IMAGE_SUFFIXES, read_image
 from retinaface.delivery.runtime import Detector
-from retinaface.delivery.sources import CSV_NAME, JSON_NAME, Source, Video, earlier_results, is_photo, open_video
+from retinaface.delivery.sources import Source, Video, earlier_results, is_photo, note_result, open_video
 from retinaface.errors import InputError
 from retinaface.model.postprocess import Detections
 from retinaface.progress import with_progress
@@ -26,6 +27,7 @@ Draw = Callable[[NDArray[np.uint8], NDArray[Any], NDArray[Any], NDArray[Any]], N
 # The faces in a picture, and a copy of it with them drawn on it.
 Find = Callable[[NDArray[np.uint8]], tuple[Detections, NDArray[np.uint8]]]
 
+_JSON, _CSV = "detections.json", "detections.csv"
 _LANDMARKS = ("left_eye", "right_eye", "nose", "left_mouth", "right_mouth")
 _CSV_HEADER = (
     "source",
@@ -71,8 +73,8 @@ def detect_files(
     "frames_per_second": ..., "frames": [...]}`` with such an object, but for the copy, per frame. The CSV has a row per
     face: source, number of the frame from 0 (empty for photos), box, score and landmarks. Copies of videos are MP4
     files (MPEG-4, without sound). Each file appears only when it is complete; a run that is stopped or fails leaves
-    what it has found so far. What an earlier run has written to the folder is replaced; nothing else there is, and
-    copies get a number where their name is taken.
+    what it has found so far, in a video too. What earlier runs have written to the folder is replaced; nothing else
+    there is, and copies get a number where their name is taken.
 
     Args:
         detector: What finds them.
@@ -90,18 +92,18 @@ def detect_files(
     Raises:
         InputError: The folder cannot be written to, or has a ``detections.json`` or ``.csv`` that is not of a run.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be made a folder ({error.strerror}); choose another --out") from error
-    earlier = earlier_results(out)
-    for name in {JSON_NAME, CSV_NAME} - earlier:
-        if (out / name).exists():
-            raise InputError(f"{out / name}: is not of an earlier run; choose another --out, or remove it")
     found: Found = {}
     messages: list[str] = []
     sources = list(dict.fromkeys(sources))
-    copies = _copies(sources, out, earlier)
+    earlier = earlier_results(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in {_JSON, _CSV} - earlier:
+            if (out / name).exists():
+                raise InputError(f"{out / name}: is not of an earlier run; choose another --out, or remove it")
+        copies = _copies(sources, out, earlier)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written to as a folder ({error.strerror}); choose another --out") from error
 
     def find(picture: NDArray[np.uint8]) -> tuple[Detections, NDArray[np.uint8]]:
         faces = detector.detect(picture, score_threshold, nms_threshold, longest=longest)
@@ -117,11 +119,13 @@ def detect_files(
                     messages.append(str(error))
                     continue
                 if isinstance(opened, Video):
-                    in_video, stopped = _detect_video(find, opened, copies[source])
+                    in_video, interruption = _detect_video(find, opened, copies[source])
                     if in_video.frames:
                         found[str(source)] = in_video
-                    if not stopped and opened.lacks(len(in_video.frames)):
+                    if interruption is None and opened.lacks(len(in_video.frames)):
                         messages.append(f"{source}: ends after {len(in_video.frames)} of {opened.count} frames")
+                    if interruption is not None and isinstance(source, Path):
+                        raise interruption
                 else:
                     found[str(source)], picture = find(opened)
                     if not _write_picture(picture, copies[source]):
@@ -150,18 +154,18 @@ def _write_picture(picture: NDArray[np.uint8], copy: Path) -> bool:
 def _write_results(found: Found, copies: Mapping[Source, Path], out: Path) -> None:
     names = {str(source): copy.name for source, copy in copies.items()}
     facts = {source: {"copy": names.get(source), **_plain(each)} for source, each in found.items()}
-    with _result_file(out / JSON_NAME) as part:
+    with _result_file(out / _JSON) as part:
         part.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
-    with _result_file(out / CSV_NAME) as part:
+    with _result_file(out / _CSV) as part:
         # Names of files need not be UTF-8.
         part.write_text(_as_csv(found), "utf-8", "surrogateescape", newline="")
 
 
-def _detect_video(find: Find, video: Video, copy: Path) -> tuple[VideoDetections, bool]:
-    """What is in a video, and whether Ctrl-C has stopped the camera that it is from."""
+def _detect_video(find: Find, video: Video, copy: Path) -> tuple[VideoDetections, KeyboardInterrupt | None]:
+    """What is in a video, and the Ctrl-C that has stopped it: the way to stop a camera."""
     found: list[Detections] = []
     writer = None
-    stopped = False
+    interruption = None
     with _result_file(copy) as part:
         try:
             for frame in with_progress(video, f"detecting in {video.source}"):
@@ -173,14 +177,12 @@ def _detect_video(find: Find, video: Video, copy: Path) -> tuple[VideoDetections
                         raise InputError(f"{copy}: cannot be written as a video; choose another --out")
                 writer.write(picture)
                 found.append(faces)
-        except KeyboardInterrupt:  # the way to stop a camera
-            if not isinstance(video.source, int):
-                raise
-            stopped = True
+        except KeyboardInterrupt as error:
+            interruption = error
         finally:
             if writer is not None:
                 writer.release()
-    return VideoDetections(video.fps, found), stopped
+    return VideoDetections(video.fps, found), interruption
 
 
 def _plain(found: Detections | VideoDetections) -> dict[str, Any]:
@@ -205,6 +207,7 @@ def _as_csv(found: Found) -> str:
 @contextmanager
 def _result_file(path: Path) -> Iterator[Path]:
     try:
+        note_result(path.parent, path.name)
         with whole_file(path) as part:
             yield part
     except OSError as error:
@@ -212,10 +215,11 @@ def _result_file(path: Path) -> Iterator[Path]:
 
 
 def _copies(sources: Sequence[Source], out: Path, earlier: Set[str]) -> dict[Source, Path]:
-    """Where the annotated copy of each source goes; the results of an earlier run may be overwritten."""
-    names = Counter(source.name for source in sources if isinstance(source, Path))
-    used = {source.name for source in sources if isinstance(source, Path) and source.resolve().parent == out.resolve()}
-    taken = {path.name.lower() for path in out.iterdir() if path.name not in earlier - used}
+    """Where the annotated copy of each source goes; the results of earlier runs may be overwritten."""
+    files = [source for source in sources if isinstance(source, Path)]
+    names = Counter(file.name for file in files)
+    used = {file.resolve() for file in files}
+    taken = {path.name.lower() for path in out.iterdir() if path.name not in earlier or path.resolve() in used}
     copies = {}
     for source in sources:
         path = source if isinstance(source, Path) else Path(f"camera_{source}")
@@ -235,6 +239,7 @@ def _copy_name(path: Path, suffix: str, shared: bool, taken: set[str]) -> str:
             added.
     """
     stem = f"{path.absolute().parent.name}_{path.stem}" if shared else path.stem
+    stem = os.fsdecode(os.fsencode(stem)[:240])  # file systems take 255 bytes, number and suffix included
     names = (f"{stem}{number}{suffix}" for number in chain([""], (f"_{n}" for n in count(2))))
     name = next(name for name in names if name.lower() not in taken)
     taken.add(name.lower())

@@ -45,8 +45,10 @@ def letterbox(
         The input, and where the photos are in it.
 
     Raises:
-        InputError: One is no such photo.
+        InputError: One is no such photo, or there is no such size.
     """
+    if longest is not None and longest < SMALLEST_PICTURE:
+        raise InputError(f"longest: found {longest}; expected {SMALLEST_PICTURE} pixels or more")
     for image in images:
         _require_picture(image)
     limits = [min(side, longest or side) for side in size or (max(max(image.shape) for image in images),) * 2]

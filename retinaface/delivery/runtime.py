@@ -23,6 +23,9 @@ from retinaface.errors import InputError, one_line
 from retinaface.model.network import NetworkConfig, Outputs
 from retinaface.model.postprocess import Detections, postprocess
 
+# Parts of the names of providers and devices that leave the CPU alone.
+_NOT_THE_CPU = ("cuda", "tensorrt", "rocm", "migraphx", "coreml", "dml", "gpu", "npu", "qnn", "cann")
+
 RuntimeChoice = Literal["auto", "torch", "onnxruntime", "openvino"]
 
 
@@ -221,12 +224,12 @@ def load_detector(
     if chosen == "torch":
         return _load_torch(path, threads, device or "cpu")
     if chosen == "onnxruntime":
-        run = OnnxRuntime(path, threads or len(usable_cpus()), providers)
+        run = OnnxRuntime(path, threads or usable_cpus(), providers)
     else:
         run = OpenVinoRuntime(path, threads, device or "CPU")
     form = _read_form(path)
-    elsewhere = device not in (None, "CPU") or any("cpu" not in provider.lower() for provider in providers or ())
-    if form.weight_bits == 8 and not elsewhere and saturates_int8():
+    places = " ".join(providers or [device or "CPU"]).lower()
+    if form.weight_bits == 8 and not any(name in places for name in _NOT_THE_CPU) and saturates_int8():
         warnings.warn(
             f"{path}: this CPU has no INT8 dot products (VNNI), so sums of products of 8-bit numbers are cut off at 16 "
             "bits and faces can be missed; quantize with `weight_bits: 7`, or evaluate this file here before using it",

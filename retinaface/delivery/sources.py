@@ -1,9 +1,9 @@
 """What faces are looked for in: photos, videos and cameras."""
 
 import glob
-import json
+import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ VIDEO_SUFFIXES = frozenset(
     {".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".webm", ".wmv"}
 )
 
-JSON_NAME, CSV_NAME = "detections.json", "detections.csv"
+_NOTED = ".detections"
 
 # A file, or the number of a camera.
 Source = Path | int
@@ -33,7 +33,7 @@ class Sources(NamedTuple):
     Attributes:
         found: Each once, in the order of the words, those of one word sorted by name. A file that does not exist is a
             source: who reads it will say so.
-        empty: A message for each word that nothing was found for, or whose folder cannot be looked into.
+        empty: A message for each word that nothing was found for, and for each folder that cannot be looked into.
         left_out: Suffixes of other files in the folders, in lower case, and how many there are of each.
     """
 
@@ -49,51 +49,50 @@ def find_sources(arguments: Sequence[str], out: Path) -> Sources:
         arguments: Files; folders, which are searched with all below them; patterns such as ``photos/**/*.jpg``; numbers
             of cameras.
         out: Folder of results, which are not taken for photos where it is below one of the folders. In one of the
-            folders itself, the copies that an earlier run has made are not.
+            folders itself, what earlier runs have written there is not.
 
     Returns:
         What there is.
     """
     sources: list[Source] = []
     empty = []
+    closed: dict[str, str] = {}
     others: set[Path] = set()
+
+    def files_at(path: Path) -> list[Path]:
+        """The file, or the photos and videos in a folder."""
+        if not path.is_dir():
+            return [path]
+        names = find_photos(path, {""}, lambda error: closed.update({error.filename: error.strerror}))
+        files = _without_results([path / name for name in names], path, out)
+        others.update(file for file in files if file.suffix.lower() not in IMAGE_SUFFIXES | VIDEO_SUFFIXES)
+        return [file for file in files if file not in others]
+
     for argument in arguments:
-        try:
-            found = _meant_by(argument, out, others)
-        except InputError as error:
-            empty.append(str(error))
-            continue
+        found = _meant_by(argument, out, files_at)
         sources += found
         if not found:
             empty.append(f"{argument}: no photo or video there; check the path, and put patterns in quotes")
+    empty += [f"{folder}: cannot be looked into ({reason}); check its permissions" for folder, reason in closed.items()]
     left_out = Counter(path.suffix.lower() or "without suffix" for path in others)
     return Sources(list(dict.fromkeys(sources)), empty, left_out)
 
 
-def _meant_by(argument: str, out: Path, others: set[Path]) -> Sequence[Source]:
+def _meant_by(argument: str, out: Path, files_at: Callable[[Path], list[Path]]) -> Sequence[Source]:
     path = Path(argument)
     if path.exists():
-        return _files_at(path, out, others)
+        return files_at(path)
     if argument.isdecimal():
         return [int(argument)]
     if any(sign in argument for sign in "*?["):
         matches = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207 (that of Path takes no absolute pattern)
-        files = [file for match in matches for file in _files_at(Path(match), out, others)]
+        files = [file for match in matches for file in files_at(Path(match))]
         return _without_results(files, Path.cwd(), out)
     return [path]
 
 
-def _files_at(path: Path, out: Path, others: set[Path]) -> list[Path]:
-    """The file, or the photos and videos in a folder; what else is in it is added to ``others``."""
-    if not path.is_dir():
-        return [path]
-    files = _without_results([path / name for name in find_photos(path, {""})], path, out)
-    others.update(file for file in files if file.suffix.lower() not in IMAGE_SUFFIXES | VIDEO_SUFFIXES)
-    return [file for file in files if file not in others]
-
-
 def _without_results(files: list[Path], folder: Path, out: Path) -> list[Path]:
-    """Leaves out what lies in the folder of results, or in the folder itself what an earlier run has written there."""
+    """Leaves out what lies in the folder of results, or in the folder itself what earlier runs have written there."""
     results, whole = out.resolve(), folder.resolve()
     if not results.is_relative_to(whole):
         return files
@@ -104,22 +103,25 @@ def _without_results(files: list[Path], folder: Path, out: Path) -> list[Path]:
 
 
 def earlier_results(out: Path) -> set[str]:
-    """Names of the files that an earlier run has written to a folder, by the ``detections.json`` that it left there.
+    """Names of the files that earlier runs have written to a folder, see :func:`note_result`; it need not be there."""
+    try:
+        return {os.fsdecode(name) for name in (out / _NOTED).read_bytes().split(b"\0")}
+    except OSError:
+        return set()
+
+
+def note_result(out: Path, name: str) -> None:
+    """Notes that a file in a folder will be a result: before it is written, as the run may be killed.
 
     Args:
-        out: The folder; it need not be there.
+        out: The folder.
+        name: Of the file.
 
-    Returns:
-        Nothing where there is no such file, or one that is not of a run.
+    Raises:
+        OSError: Nothing can be written there.
     """
-    try:
-        content = json.loads((out / JSON_NAME).read_text(encoding="utf-8"))
-        copies = [faces["copy"] for faces in content.values()]
-    except (AttributeError, KeyError, OSError, TypeError, ValueError):
-        return set()
-    if not all(copy is None or isinstance(copy, str) for copy in copies):
-        return set()
-    return {JSON_NAME, CSV_NAME, *filter(None, copies)}
+    with (out / _NOTED).open("ab") as file:
+        file.write(os.fsencode(name) + b"\0")
 
 
 def is_photo(source: Source) -> bool:

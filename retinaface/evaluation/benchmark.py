@@ -297,7 +297,7 @@ def machine_facts() -> dict[str, Any]:
         "cpu": cpu_name(),
         "flags": [flag for flag in INT8_FLAGS if flag in flags],
         "cores": physical_cores(),
-        "threads": len(usable_cpus()),
+        "threads": usable_cpus(),
         "os": platform.platform(),
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},

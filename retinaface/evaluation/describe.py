@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from rich.markup import escape
 from rich.table import Column, Table
 from torch import Tensor, nn
 
@@ -130,7 +129,7 @@ def description_table(description: Description, title: str) -> Table:
         "kernel",
         Column("stride", justify="right"),
         *right,
-        title=f"{escape(title)} (MACs at {description.size}x{description.size})",
+        title=f"{title} (MACs at {description.size}x{description.size})",
     )
     for layer in description.layers:
         table.add_row(

@@ -10,7 +10,6 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from rich.markup import escape
 from rich.table import Column, Table
 
 from retinaface.data.annotations import Sample, images_folder, read_image, read_split, usable_samples
@@ -328,9 +327,7 @@ def evaluation_tables(evaluations: Mapping[str, Evaluation]) -> list[Table]:
         A table of the subsets with a row per model, and one by face size.
     """
     first = next(iter(evaluations.values()))
-    whole = Table(
-        Column("model", overflow="fold"), title=escape(f"AP, {first.protocol}: {describe_data(first.figures())}")
-    )
+    whole = Table(Column("model", overflow="fold"), title=f"AP, {first.protocol}: {describe_data(first.figures())}")
     for heading in (*SUBSETS, "landmark error", "images/s"):
         whole.add_column(heading, justify="right", no_wrap=heading != "landmark error")
     by_size = Table(Column("model", overflow="fold"), title="AP by the face's shorter side in pixels")
@@ -338,12 +335,12 @@ def evaluation_tables(evaluations: Mapping[str, Evaluation]) -> list[Table]:
         by_size.add_column(heading, justify="right", no_wrap=True)
     for name, each in evaluations.items():
         whole.add_row(
-            escape(f"{name} ({each.runtime})"),
+            f"{name} ({each.runtime})",
             *(_cell(each.accuracy.ap[subset]) for subset in SUBSETS),
             _cell(each.landmark_error),
             f"{each.images_per_second:.1f}",
         )
-        by_size.add_row(escape(name), *(_cell(each.accuracy.ap_by_size[size]) for size in SIZE_CLASSES))
+        by_size.add_row(name, *(_cell(each.accuracy.ap_by_size[size]) for size in SIZE_CLASSES))
     return [whole, by_size]
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Column, Table
 from torch import Tensor, nn
 
@@ -406,9 +405,7 @@ def mixed_precision_table(measured: MixedPrecision) -> Table:
     rows = {"nothing": measured.int8, **measured.units, "everything": measured.whole}
     for name, trial in rows.items():
         verdict = "baseline" if trial is measured.int8 else _verdict(trial)
-        table.add_row(
-            escape(name), f"{trial.ap:.4f}", f"{trial.ap - measured.int8.ap:+.4f}", f"{trial.speedup:.2f}x", verdict
-        )
+        table.add_row(name, f"{trial.ap:.4f}", f"{trial.ap - measured.int8.ap:+.4f}", f"{trial.speedup:.2f}x", verdict)
     return table
 
 

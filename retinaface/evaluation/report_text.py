@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from retinaface.evaluation.benchmark_text import RUNTIME_NAMES
@@ -66,7 +65,7 @@ def _percent(share: float | None) -> str:
 
 def report_table(report: Mapping[str, Any]) -> Table:
     """The report's table for a terminal."""
-    title = escape(f"{report['recipe']}: {describe_data(report['data'])}")
+    title = f"{report['recipe']}: {describe_data(report['data'])}"
     table = Table(title=title, collapse_padding=True, pad_edge=False)  # fits into the 80 columns of a log file
     headings, *rows = report_rows(report["models"])
     for heading in headings:

@@ -6,7 +6,6 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Column, Table
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
@@ -163,5 +162,5 @@ def sensitivity_table(sensitivity: Sensitivity) -> Table:
         table.add_column(f"-{ratio:.0%}", justify="right", no_wrap=True)
     for group in sensitivity.groups:
         cells = [f"{point.ap_loss:+.3f} {point.speedup:.2f}x" for point in group.points]
-        table.add_row(escape(group.name), str(group.channels), *cells)
+        table.add_row(group.name, str(group.channels), *cells)
     return table

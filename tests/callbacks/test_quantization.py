@@ -147,8 +147,8 @@ def test_what_stays_in_float_is_chosen_on_training_photos(quantized_run, asked, 
     measured_on = [sample.path for sample in samples]
     assert len(measured_on) == 3
     assert set(measured_on) < set(train)
-    assert pictures._paths
-    assert set(pictures._paths) <= set(train) - set(measured_on)
+    assert pictures._samples
+    assert {sample.path for sample in pictures._samples} <= set(train) - set(measured_on)
     assert (budget, settings.weight_bits) == (0.02, 7)
     assert "chose fpn in float: AP 0.7950" in caplog.text
 

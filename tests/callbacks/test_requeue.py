@@ -134,7 +134,9 @@ def fit(folder, *more, ends=None):
     """Trains, from the newest checkpoint on; with ``Ask`` among the callbacks until that ends it."""
     ends = any(isinstance(callback, Ask) for callback in more) if ends is None else ends
     module, average = Module(), Average()
-    checkpoint = L.pytorch.callbacks.ModelCheckpoint(folder, "last", save_top_k=1, enable_version_counter=False)
+    checkpoint = L.pytorch.callbacks.ModelCheckpoint(
+        folder, "last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False
+    )
     plugins = [AtomicCheckpointIO(), SLURMEnvironment(auto_requeue=False)]
     trainer = L.Trainer(
         accelerator="cpu", max_epochs=EPOCHS, logger=False, default_root_dir=folder, enable_progress_bar=False,
@@ -209,15 +211,6 @@ def test_after_the_training_the_cluster_is_asked_at_once(hook, tmp_path, requeue
     fit(tmp_path, Ask(signal.SIGUSR2, hook, EPOCHS * STEPS), ends=False)
     assert requeued == ["77"]
     assert (tmp_path / "last.ckpt").is_file()
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("hook", ["setup", "on_fit_start"])
-def test_where_no_step_will_come_the_cluster_is_asked_at_once(hook, tmp_path, requeued, monkeypatch):
-    """INT8 without training has no epochs."""
-    monkeypatch.setitem(globals(), "EPOCHS", 0)
-    fit(tmp_path, Ask(signal.SIGUSR2, hook, 0), ends=False)
-    assert requeued == ["77"]
 
 
 @pytest.mark.filterwarnings("ignore")

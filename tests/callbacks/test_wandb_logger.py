@@ -1,3 +1,4 @@
+import time
 from threading import Event
 
 import pytest
@@ -85,10 +86,13 @@ def test_a_run_ends_before_its_job_is_requeued(wandb_offline, tmp_path):
 
 def test_a_network_that_is_gone_does_not_keep_a_job_from_being_requeued(wandb_offline, tmp_path, monkeypatch):
     logger = WandbLogger("faces", save_dir=str(tmp_path))
-    run, gone = logger.experiment, Event()
+    run, asked, back = logger.experiment, Event(), Event()
     monkeypatch.setattr("callbacks.wandb_logger._SECONDS_TO_SEND", 0.1)
     with monkeypatch.context() as patch:
-        patch.setattr(type(run), "finish", lambda self: gone.wait(60))
+        patch.setattr(type(run), "finish", lambda self: asked.set() or back.wait(60))
+        begun = time.monotonic()
         logger.finalize("requeued")
-    gone.set()
+        assert asked.is_set()
+        assert time.monotonic() - begun < 20
+    back.set()
     run.finish()

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+from contextlib import nullcontext
 from itertools import repeat
 
 import cv2
@@ -10,8 +11,11 @@ import torch
 
 from retinaface.delivery.detect import detect_files
 from retinaface.delivery.runtime import Detector
+from retinaface.delivery.sources import find_sources
 from retinaface.errors import InputError
 from retinaface.model.network import NetworkConfig
+
+RESULTS = ("detections.json", "detections.csv", ".detections")
 
 
 @pytest.fixture
@@ -53,7 +57,11 @@ def test_json_and_annotated_copies(detector, tmp_path):
         assert faces["copy"] == path.rsplit("/", 1)[1]
         copy = cv2.imread(str(out / faces["copy"]))
         np.testing.assert_array_equal(copy, 255 - cv2.imread(path))
-    assert {path.name for path in out.iterdir()} == {"a.png", "b.png", "detections.json", "detections.csv"}
+    assert {path.name for path in out.iterdir()} == {
+        "a.png",
+        "b.png",
+        *RESULTS,
+    }
 
 
 def test_no_faces_give_empty_lists(detector, tmp_path):
@@ -75,7 +83,10 @@ def test_unreadable_photos_are_named_and_skipped(detector, tmp_path):
     assert list(found) == [str(good)]
     assert len(unreadable) == 3
     assert all(name in message for name, message in zip(("truncated", "text", "absent"), unreadable, strict=True))
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"good.jpg", "detections.json", "detections.csv"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "good.jpg",
+        *RESULTS,
+    }
 
 
 def test_photos_of_the_same_name_do_not_overwrite_each_other(detector, tmp_path):
@@ -101,7 +112,7 @@ def test_a_photo_in_a_format_that_cannot_be_written(detector, tmp_path):
 
 def test_places_that_cannot_be_written(detector, tmp_path):
     photo = write_photo(tmp_path / "a.png")
-    with pytest.raises(InputError, match="cannot be made a folder"):
+    with pytest.raises(InputError, match="cannot be written to as a folder"):
         detect_files(detector, [photo], photo / "out", draw)
     (tmp_path / "out" / ".detections.part.json").mkdir(parents=True)
     with pytest.raises(InputError, match=r"detections.json: cannot be written"):
@@ -127,9 +138,22 @@ def test_the_photos_themselves_are_left_alone_in_their_own_folder(detector, tmp_
         "a_2.png",
         "a_3.png",
         "a_2_2.png",
-        "detections.json",
-        "detections.csv",
+        *RESULTS,
     }
+
+
+def test_results_are_known_again_after_other_runs_and_killed_ones(detector, tmp_path):
+    """They neither become sources nor get in the way of their next version."""
+    photos = [write_photo(tmp_path / name, seed) for seed, name in enumerate(("a.png", "b.png", "c.png"))]
+
+    everything = {"a.png", "b.png", "c.png", "a_2.png", "b_2.png", "c_2.png"}
+    for draw_them, sources in ((draw, photos), (fail_at_once, photos), (draw, photos[1:]), (draw, photos)):
+        with nullcontext() if draw_them is draw else pytest.raises(MemoryError):
+            detect_files(detector, sources, tmp_path, draw_them)
+        assert {path.name for path in tmp_path.glob("*.png")} == everything
+        assert find_sources([str(tmp_path)], tmp_path).found == photos
+    (tmp_path / "detections.json").unlink()  # as if killed before it was written
+    assert find_sources([str(tmp_path)], tmp_path).found == photos
 
 
 @pytest.mark.parametrize("place", [".", "sources"])
@@ -144,7 +168,7 @@ def test_nothing_of_others_is_overwritten_and_everything_of_an_earlier_run(place
         detect_files(detector, [photo, video], tmp_path, draw, frames=1)
         assert [other.read_text() for other in others] == ["of somebody"] * 2
         files = {path.name for path in tmp_path.iterdir() if path.is_file()} - {"A.png", "film.avi"}
-        assert files - copies == {"film.mp4", "a_2.png", "detections.json", "detections.csv"}
+        assert files - copies == {"film.mp4", "a_2.png", *RESULTS}
         content = json.loads((tmp_path / "detections.json").read_text())
         assert {faces["copy"] for faces in content.values()} == copies
 
@@ -194,7 +218,7 @@ def fail_at_once(*_):
     raise MemoryError
 
 
-def test_a_picture_that_its_kind_of_file_cannot_hold_is_found_in_but_not_copied(detector, tmp_path, monkeypatch):
+def test_a_picture_that_its_kind_of_file_cannot_hold_is_found_in_but_not_copied(detector, tmp_path):
     wide, narrow = tmp_path / "wide.webp", write_photo(tmp_path / "narrow.webp")
     wide.write_bytes(write_photo(tmp_path / "wide.png", size=(2, 16400)).read_bytes())
     found, messages = detect_files(detector, [wide, narrow], tmp_path / "out", draw)
@@ -211,7 +235,7 @@ def test_odd_names(name, detector, tmp_path):
     detect_files(detector, [photo], tmp_path / "out", draw, score_threshold=0.3)
     content = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert list(content) == [str(photo)]
-    assert (tmp_path / "out" / photo.name).is_file()
+    assert (tmp_path / "out" / content[str(photo)]["copy"]).is_file()
     assert name in (tmp_path / "out" / "detections.csv").read_bytes()
 
 
@@ -270,7 +294,11 @@ def test_video(detector, tmp_path, limit, count):
     with (out / "detections.csv").open(newline="") as file:
         numbers = [row["frame"] for row in csv.DictReader(file) if row["source"] == str(video)]
     assert numbers == [str(number) for number, each in enumerate(in_video["frames"]) for _ in each["scores"]]
-    assert {path.name for path in out.iterdir()} == {"a.png", "film.mp4", "detections.json", "detections.csv"}
+    assert {path.name for path in out.iterdir()} == {
+        "a.png",
+        "film.mp4",
+        *RESULTS,
+    }
 
 
 def test_videos_that_cannot_be_read_or_not_to_their_end(detector, tmp_path):
@@ -283,7 +311,10 @@ def test_videos_that_cannot_be_read_or_not_to_their_end(detector, tmp_path):
     count = len(found[str(cut)].frames)
     assert 10 < count < 50
     assert f"ends after {count} of 60 frames" in unreadable[2]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"cut.mp4", "detections.json", "detections.csv"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "cut.mp4",
+        *RESULTS,
+    }
 
 
 def test_videos_of_the_same_name_do_not_overwrite_each_other(detector, tmp_path):
@@ -360,9 +391,12 @@ def test_a_video_that_cannot_be_written(detector, tmp_path):
         detect_files(detector, [write_video(tmp_path / "a.avi")], tmp_path / "out", draw)
 
 
-def test_ctrl_c_stops_everything_but_a_camera(detector, tmp_path, monkeypatch):
+def test_ctrl_c_stops_everything_but_a_camera_and_keeps_what_was_found(detector, tmp_path, monkeypatch):
     video = write_video(tmp_path / "a.avi")
     monkeypatch.setattr(cv2, "VideoCapture", lambda _: FakeCamera([*frames_of(2), KeyboardInterrupt]))
     with pytest.raises(KeyboardInterrupt):
-        detect_files(detector, [video], tmp_path / "out", draw)
-    assert list((tmp_path / "out").iterdir()) == []
+        detect_files(detector, [video, write_photo(tmp_path / "b.png")], tmp_path / "out", draw)
+    content = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert len(content[str(video)]["frames"]) == 2
+    monkeypatch.undo()
+    assert len(read_video(tmp_path / "out" / "a.mp4")[0]) == 2

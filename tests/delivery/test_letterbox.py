@@ -55,12 +55,14 @@ def test_what_does_not_fit_in_a_fixed_size_is_shrunk():
     assert torch.equal(boxed.scales[1], torch.ones(2))
 
 
-@pytest.mark.parametrize(("size", "extents"), [(None, [(50, 25), (33, 50)]), ((64, 40), [(50, 25), (27, 40)])])
+@pytest.mark.parametrize(("size", "extents"), [(None, [(100, 50), (67, 100)]), ((128, 80), [(100, 50), (53, 80)])])
 def test_large_pictures_are_shrunk_where_asked(size, extents):
-    boxed = letterbox([picture(300, 150), picture(60, 90)], size, longest=50)
+    boxed = letterbox([picture(300, 150), picture(120, 180)], size, longest=100)
     assert boxed.extents == extents
-    assert boxed.images.shape[2:] == (size or (64, 64))
-    assert letterbox([picture(40, 50)], longest=50).extents == [(40, 50)]
+    assert boxed.images.shape[2:] == (size or (100, 100))
+    assert letterbox([picture(80, 100)], longest=100).extents == [(80, 100)]
+    with pytest.raises(InputError, match="longest: found 63; expected 64"):
+        letterbox([picture(80, 100)], longest=63)
 
 
 @pytest.mark.parametrize(

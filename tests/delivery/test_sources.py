@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from retinaface.delivery.sources import earlier_results, find_sources, is_photo
+from retinaface.delivery.sources import earlier_results, find_sources, is_photo, note_result
 
 
 @pytest.fixture
@@ -83,28 +83,25 @@ def test_files_that_are_neither_are_counted_once(folder):
     assert Path("photos/b.heic") in find_sources(["photos/b*"], Path("elsewhere")).found  # as asked for
 
 
-def test_what_an_earlier_run_has_written_to_the_folder_is_no_source(folder):
-    for name in ("a_2.png", "detections.csv"):
-        (folder / "photos" / name).touch()
+def test_what_earlier_runs_have_written_to_the_folder_is_no_source(folder):
+    (folder / "photos" / "a_2.png").touch()
+    assert earlier_results(Path("photos")) == set()
     everything = find_sources(["photos"], Path("photos"))
     assert Path("photos/a_2.png") in everything.found
-    (folder / "photos" / "detections.json").write_text('{"photos/a.png": {"copy": "a_2.png"}, "b": {"copy": null}}')
+    for name in ("a_2.png", "gone.png"):
+        note_result(Path("photos"), name)
+    assert earlier_results(Path("photos")) >= {"a_2.png", "gone.png"}
     sources = find_sources(["photos"], Path("photos"))
     assert sources.found == [path for path in everything.found if path != Path("photos/a_2.png")]
     assert sources.left_out == {".txt": 1}
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"a": 1}', '{"a": {"boxes": []}}', '{"a": {"copy": [1]}}'])
-def test_files_of_others_are_not_taken_for_results(content, tmp_path):
-    (tmp_path / "detections.json").write_text(content)
-    assert earlier_results(tmp_path) == set()
-
-
 def test_a_folder_that_cannot_be_looked_into_is_named(folder, monkeypatch):
     def walk(path, onerror, **_):
         onerror(PermissionError(13, "Permission denied", f"{path}/secret"))
+        yield str(path), ["secret"], ["a.png"]
 
     monkeypatch.setattr("os.walk", walk)
-    sources = find_sources(["photos", "0"], Path("elsewhere"))
-    assert sources.found == [Path("0")]
+    sources = find_sources(["photos", "photos", "0"], Path("elsewhere"))
+    assert sources.found == [Path("photos/a.png"), Path("0")]
     assert sources.empty == ["photos/secret: cannot be looked into (Permission denied); check its permissions"]

@@ -38,7 +38,7 @@ def test_layers_are_described(checkpoint_files):
 
 
 def test_table(checkpoint_files):
-    console = Console(width=80)
+    console = Console(markup=False, width=80)
     with console.capture() as capture:
         console.print(description_table(describe(load_structure(checkpoint_files["pruned"]), 64), "a [model]"))
     text = capture.get()

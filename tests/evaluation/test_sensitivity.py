@@ -2,6 +2,7 @@ import json
 import math
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -68,15 +69,16 @@ def test_every_group_is_pruned_by_itself(networks, tiny_checkpoint, tiny_root):
 
 def test_statistics_are_estimated_anew_on_training_photos(networks, monkeypatch, tiny_checkpoint, tiny_root):
     shown = []
-    read_image = under_test.read_image
-    monkeypatch.setattr(under_test, "read_image", lambda path: shown.append(path) or read_image(path))
+    as_input = under_test.as_input
+    monkeypatch.setattr(under_test, "as_input", lambda image: shown.append(image) or as_input(image))
     measure_sensitivity(tiny_checkpoint, tiny_root, limit=1, recalibrate=2)
     before, first = (network.backbone.stage3[1][4] for network in networks[:2])
     assert int(first.num_batches_tracked) == 2
     assert int(before.num_batches_tracked) == 2  # or the comparison would not be fair
     assert not networks[1].training
     samples = load_split(tiny_root, "train")
-    assert shown == [samples[0].path, samples[4].path]  # 2 of 8, from everywhere
+    for image, sample in zip(shown, (samples[0], samples[4]), strict=True):  # 2 of 8, from everywhere
+        np.testing.assert_array_equal(image, sample.read())
     networks.clear()
     measure_sensitivity(tiny_checkpoint, tiny_root, limit=1, recalibrate=0)
     assert int(networks[1].backbone.stage3[1][4].num_batches_tracked) == 0
