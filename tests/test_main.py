@@ -461,6 +461,7 @@ def test_make_synthetic(tmp_path, capsys):
     [
         (["detect", "absent.pth", "photo.jpg"], "absent.pth: no such file"),
         (["throughput", "absent.onnx"], "absent.onnx: no such file"),
+        (["evaluate", "absent.onnx", "--root=x", "--json=."], ".: cannot be written; choose another --json"),
         (["export", "absent.ckpt", "--out", "x.onnx"], "absent.ckpt: no such file"),
         (["benchmark", "absent.onnx", "other.onnx"], "absent.onnx"),
         (["wider-ap", "nowhere", "nowhere"], "nowhere: no such folder"),
@@ -491,6 +492,8 @@ def test_a_checkpoint_of_another_network(tmp_path, capsys):
 
 def test_json_that_cannot_be_written(onnx_file, root, tmp_path, capsys):
     (tmp_path / "file").touch()
+    for option in (["--runtime", "torch"], ["--device", "cuda"], ["--providers", "toaster"], ["--threads", "0"]):
+        assert option[0].removeprefix("--")[:6] in fails(capsys, "evaluate", onnx_file, "--root", root, *option)
     line = fails(capsys, "evaluate", "absent.onnx", "--root", root, "--json", tmp_path / "file" / "ap.json")
     assert "cannot be written" in line  # before hours of work, so before anything is read
 

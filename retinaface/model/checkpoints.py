@@ -13,8 +13,8 @@ from retinaface.errors import InputError
 from retinaface.model.network import PYRAMID_CHANNELS, Activation, Backbone, NetworkConfig, RetinaFace
 
 DAMAGED = (
-    "damaged, its checksums do not fit its content; restore it, or start without it (or, if it was saved without any by "
-    "torch.serialization.set_crc32_options, save it anew)"
+    "damaged, its checksums do not fit its content; restore it, or start without it (if it was saved without any, by "
+    "torch.serialization.set_crc32_options: save it anew)"
 )
 
 Rename = tuple[str, str | Callable[[re.Match[str]], str]]
