@@ -101,9 +101,13 @@ def benchmark_markdown(
 
 
 def short_names(models: Iterable[str]) -> dict[str, str]:
-    """What to call models: file names, or whole paths where files of one name are in several folders."""
-    names = {model: Path(model).name for model in models}
-    return names if len({*names.values()}) == len(names) else {model: model for model in names}
+    """What to call models: file names, with as many of their folders as it takes to tell them apart."""
+    parts = {model: Path(model).parts for model in models}
+    for depth in range(1, max(map(len, parts.values()), default=1)):
+        names = {model: str(Path(*each[-depth:])) for model, each in parts.items()}
+        if len({*names.values()}) == len(names):
+            return names
+    return {model: model for model in parts}
 
 
 def _timing_rows(rounds: Rounds) -> list[list[str]]:

@@ -51,11 +51,12 @@ def test_baseline_faster_slower_and_noise_are_told(form):
 
 
 def test_models_of_one_name_are_told_apart_by_their_folders():
-    models = (Path("one/int8.onnx"), Path("two/int8.onnx"))
+    models = (Path("far/away/one/int8.onnx"), Path("far/away/two/int8.onnx"))
     rounds = Rounds(models, ((0, "onnxruntime"), (1, "onnxruntime")), np.ones((20, 2)), 640, 1, 1)
     text = benchmark_markdown([rounds], [], "anyhow", {})
     assert "one/int8.onnx" in text
     assert "two/int8.onnx" in text
+    assert "away" not in text
     assert "1 thread," in describe_rounds(rounds)
 
 
