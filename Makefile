@@ -24,7 +24,7 @@ test: $(INSTALLED) ## Run the tests but the slow ones
 test-slow: $(INSTALLED) ## Run the slow tests
 	$(PYTHON) -m pytest -m slow
 
-soak: $(INSTALLED) ## Kill a small recipe over 30 times, and compare its end with an undisturbed one (half an hour)
+soak: $(INSTALLED) ## Kill a small recipe over 30 times, and compare its end with an undisturbed one (a quarter of an hour)
 	$(PYTHON) tests/soak.py
 
 lint: $(INSTALLED) ## Check style, format and types
