@@ -208,8 +208,9 @@ def check_two_processes(run_stage: Any, run_process: Any) -> Callable[[list[str]
         assert second["plans"] == first["plans"]
         assert_same_state(second["before"], first["before"])
         assert_same_state(second["after"], first["after"])
-        for name in first["trained"]:
-            assert not torch.equal(first["after"][name], first["before"][name]), name
+        same = {name for name in first["trained"] if torch.equal(first["after"][name], first["before"][name])}
+        # These photos are too small for faces of the larger anchors, and biases do not decay.
+        assert all(re.search(r"(box|landmark)_heads\.[12]\.bias$", name) for name in same), same
         # 5 photos over 2 processes: one is seen twice, and counts once, as in a single process.
         assert sorted(first["seen"] + second["seen"]) == [0, 0, 1, 2, 3, 4]
         assert first["ap"] == second["ap"]
