@@ -1,5 +1,6 @@
 """Whole small stages, each run once for all tests that look at it."""
 
+import re
 import signal
 import subprocess
 import sys
