@@ -106,7 +106,8 @@ def _facts(model: Path) -> dict[str, Any]:
         "variances": VARIANCES,
         "mean_bgr": MEAN_BGR,
         "smallest_picture": SMALLEST_PICTURE,
-        "defaults": {each.name: each.default for each in arguments if each.default is not each.empty},
+        # But `longest`, which is None: the page has its own choice of sizes.
+        "defaults": {each.name: each.default for each in arguments if each.default not in (each.empty, None)},
     }
 
 
