@@ -47,7 +47,6 @@ CONFIGS = PROJECT / "configs"
 # A log file has room for whole tables.
 _console = Console(markup=False, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 
-
 REPORT = "report"
 
 # Placeholders, the report, and what options of train.py start with: no stage can have such a name.
@@ -405,9 +404,12 @@ def _setting(arguments: Sequence[str], keys: Sequence[str], options: Sequence[st
 
 def _trains_nothing(arguments: Sequence[str]) -> bool:
     """Whether its callbacks quantize to INT8 from a few photos."""
-    files = [_read_yaml(Path(value)) for option, value in _options(arguments) if option == "--config"]
-    added = [callback for content in files for callback in (content.get("trainer") or {}).get("callbacks+", [])]
-    return any(callback["class_path"] == "callbacks.PostTrainingQuantization" for callback in added)
+    files = (_read_yaml(Path(value)) for option, value in _options(arguments) if option == "--config")
+    trainers = (content.get("trainer") for content in files if isinstance(content, dict))
+    added = (callback for trainer in trainers if trainer for callback in trainer.get("callbacks+") or [])
+    # A callback is written as its name, or as a mapping with its arguments.
+    names = (callback["class_path"] if isinstance(callback, dict) else callback for callback in added)
+    return "callbacks.PostTrainingQuantization" in names
 
 
 def _seed(arguments: Sequence[str]) -> int | bool | None:

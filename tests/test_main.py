@@ -100,7 +100,8 @@ def test_detect(checkpoint_files, tmp_path, capsys):
     assert len(content[str(photo)]["scores"]) > 0
     text = capsys.readouterr().out
     assert f"{photo}: {len(content[str(photo)]['scores'])} faces" in text
-    assert {"a.jpg", "b.jpg", "detections.json", "detections.csv"} <= {path.name for path in out.iterdir()}
+    names = {path.name for path in out.iterdir()}
+    assert names == {"a.jpg", "b.jpg", "detections.json", "detections.csv", ".detections"}
 
 
 def test_detect_thresholds(checkpoint_files, tmp_path):
