@@ -19,7 +19,7 @@ demo: $(INSTALLED) ## Train, prune, quantize and report on rendered photos (minu
 	$(PYTHON) compress.py configs/recipes/quickstart.yaml --out runs/quickstart
 
 test: $(INSTALLED) ## Run the tests but the slow ones
-	$(PYTHON) -m pytest -m "not slow" -n 2 --dist loadfile --timeout 300
+	$(PYTHON) -m pytest -m "not slow" -n 2 --dist worksteal --timeout 300
 
 test-slow: $(INSTALLED) ## Run the slow tests
 	$(PYTHON) -m pytest -m slow
