@@ -17,7 +17,7 @@ if __name__ == "__main__" and hasattr(signal, "pthread_sigmask"):
     # The imports take seconds, and a cluster may say within them that the time is over: it waits for callbacks.Requeue.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
 
-from retinaface.processes import die_with_parent
+from retinaface.processes import die_with_parent, keep_freed_memory
 
 if __name__ == "__main__" and os.environ.get("LOCAL_RANK", "0") != "0":
     die_with_parent()  # who started this one of several processes; it would wait for the first one for ever
@@ -152,4 +152,5 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     main()
