@@ -1,6 +1,6 @@
 """What an ONNX file takes and what it gives: the steps around the network that can be part of the file."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -193,7 +193,18 @@ def _non_max_suppression(boxes: Any, scores: Any, score_threshold: float, nms_th
     )
 
 
-# What the exporter makes of this file's own operation.
+def _reshape(tensor: Any, size: Sequence[Any]) -> Any:  # noqa: ANN401
+    # The exporter would compute open axes from height and width, in dozens of nodes. Of two the first is the batch.
+    is_open = [not isinstance(length, int) for length in size]
+    shape = [-1 if opened else length for opened, length in zip(is_open, size, strict=True)]
+    if is_open[0] and sum(is_open) > 1:
+        shape[0] = 0  # as it is
+    return opset18.Reshape(tensor, opset18.Constant(value_ints=shape))
+
+
+# What the exporter makes of this file's own operation, and of those for which its own translation is slow.
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.ops.retinaface.kept_anchors.default: _non_max_suppression
+    torch.ops.retinaface.kept_anchors.default: _non_max_suppression,
+    torch.ops.aten.view.default: _reshape,
+    torch.ops.aten._unsafe_view.default: _reshape,
 }

@@ -103,6 +103,15 @@ def test_only_files_for_tensorrt_have_to_be_in_its_form(compressed, onnx_files, 
     assert [entry.name for entry in tmp_path.iterdir()] == ["onnxruntime.onnx"]
 
 
+def test_outputs_are_put_in_shape_without_computing_it(file):
+    graph = onnx.load(file).graph
+    made_of = {name: node for node in graph.node for name in node.output}
+    reshapes = [made_of.get(node.input[1]) for node in graph.node if node.op_type == "Reshape"]
+    computed = [node for node in reshapes if node is not None and node.op_type != "Constant"]
+    assert len(reshapes) >= 18  # flattened and parted: three outputs of three levels
+    assert not computed
+
+
 def test_nothing_of_this_machine_is_in_the_file(file):
     content = file.read_bytes()
     for secret in (b"/home", b"/tmp", b"/root", b"site-packages", b"network.py", b'File "', b"stack_trace"):
