@@ -294,12 +294,58 @@ for (const query of QUERIES) {
 </script>"""
 
 
+# Does with the page what a person does, and sends what it found after each step.
+PERSON = """<!DOCTYPE html><body><iframe src="index.html"></iframe><script>
+const STEPS = {
+  drop: async (page, file) => {
+    const dataTransfer = new DataTransfer();
+    dataTransfer.items.add(file);
+    page.getElementById("stage").dispatchEvent(new DragEvent("drop", { dataTransfer, bubbles: true }));
+  },
+  score: async (page) => {
+    page.getElementById("score").value = 0.64;
+    page.getElementById("score").dispatchEvent(new Event("input"));
+  },
+  side: async (page) => {
+    page.getElementById("side").value = 320;
+    page.getElementById("side").dispatchEvent(new Event("change"));
+    await until(() => page.getElementById("sizes").textContent.includes("320"));
+  },
+  camera: async (page) => {
+    page.getElementById("camera").click();
+    await until(() => page.getElementById("camera").textContent === "Stop camera");
+    page.getElementById("detections").textContent = "";
+  },
+  stopped: async (page) => {
+    page.getElementById("camera").click();
+    await until(() => page.getElementById("camera").textContent === "Use camera");
+  },
+};
+async function until(condition) {
+  while (!condition()) await new Promise((resolve) => setTimeout(resolve, 100));
+}
+document.querySelector("iframe").addEventListener("load", async ({ target }) => {
+  const page = target.contentDocument;
+  const file = new File([await (await fetch("photo.png")).blob()], "photo.png");
+  await until(() => !page.getElementById("choose").disabled);
+  for (const [step, act] of Object.entries(STEPS)) {
+    if (step !== "stopped") page.getElementById("detections").textContent = "";
+    await act(page, file);
+    await until(() => page.getElementById("detections").textContent);
+    const found = JSON.parse(page.getElementById("detections").textContent);
+    found.sizes = page.getElementById("sizes").textContent;
+    await fetch(`found?${step}`, { method: "POST", body: JSON.stringify(found) });
+  }
+});
+</script>"""
+
+
 class Server(ThreadingHTTPServer):
     """Offers a folder, and collects what the watcher sends."""
 
-    def __init__(self, folder, queries, headers):
+    def __init__(self, folder, queries, headers, watcher):
         super().__init__(("127.0.0.1", 0), partial(Handler, directory=folder))
-        self.queries, self.headers = queries, headers
+        self.queries, self.headers, self.watcher = queries, headers, watcher
         self.found = {}
         self.complete = threading.Event()
 
@@ -320,7 +366,7 @@ class Handler(SimpleHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Type", "text/html")
         self.end_headers()
-        self.wfile.write(WATCHER.replace("QUERIES", json.dumps(self.server.queries)).encode())
+        self.wfile.write(self.server.watcher.encode())
 
     def do_POST(self):
         content = self.rfile.read(int(self.headers["Content-Length"]))
@@ -331,10 +377,11 @@ class Handler(SimpleHTTPRequestHandler):
             self.server.complete.set()
 
 
-def open_in_browser(folder, queries, profile, headers):
-    server = Server(folder, queries, headers)
+def open_in_browser(folder, queries, profile, headers, watcher=None, more_flags=()):
+    server = Server(folder, queries, headers, watcher or WATCHER.replace("QUERIES", json.dumps(queries)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", f"--user-data-dir={profile}"]
+    flags += more_flags
     address = f"http://127.0.0.1:{server.server_port}/watch.html"
     with subprocess.Popen([CHROMIUM, *flags, address], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as browser:
         try:
@@ -381,6 +428,28 @@ def test_browser_finds_what_python_finds(onnx_files, out, tmp_path, headers, thr
         assert found["milliseconds"] > 0
         assert threads is None or found["threads"] == threads
     assert absent == {"error": "absent.png: the server says 404 File not found"}
+
+
+@pytest.mark.slow
+def test_a_person_drops_a_photo_moves_the_sliders_and_uses_the_camera(onnx_files, out, tmp_path):
+    page = downloaded_page(onnx_files["float"], out)
+    photo = make_photo(240, 400)
+    cv2.imwrite(str(page / "photo.png"), photo)
+    frame = cv2.cvtColor(photo, cv2.COLOR_BGR2YUV_I420).tobytes()
+    (tmp_path / "camera.y4m").write_bytes(b"YUV4MPEG2 W400 H240 F30:1 Ip C420jpeg\nFRAME\n" + frame)
+    camera = ["--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]
+    camera += [f"--use-file-for-fake-video-capture={tmp_path / 'camera.y4m'}"]
+    steps = ["drop", "score", "side", "camera", "stopped"]
+    dropped, scored, sided, filmed, stopped = open_in_browser(page, steps, tmp_path / "profile", {}, PERSON, camera)
+    detector = load_detector(onnx_files["float"], threads=1)
+    assert_same(dropped, detector.detect(photo))
+    assert_same(scored, detector.detect(photo, 0.64))
+    assert len(scored["scores"]) < len(dropped["scores"])
+    fewer = detector.detect(cv2.resize(photo, (320, 192), interpolation=cv2.INTER_LINEAR), 0.64)
+    assert_same(sided, to_photo(fewer, torch.tensor([0.8, 0.8])))
+    for found in (filmed, stopped):
+        assert re.findall("[0-9]+", found["sizes"]) == ["400", "240", "320", "192"]  # the camera's, as seen
+        assert len(found["scores"]) > 5
 
 
 # INT8
