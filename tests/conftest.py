@@ -25,6 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start; see _
 import onnx
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -248,11 +249,16 @@ def checkpoint_files(tmp_path_factory: pytest.TempPathFactory, compressed: Compr
 
 
 @pytest.fixture(scope="session")
-def onnx_files(tmp_path_factory: pytest.TempPathFactory, compressed: Compressed) -> dict[str, Path]:
+def onnx_files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """``float``: the network of ``tiny_network``; ``int8``: that of ``compressed``."""
-    folder = tmp_path_factory.mktemp("onnx") / "new folder"
-    export_onnx(make_network(channels=16).train(), folder / "float.onnx")
-    export_onnx(compressed.int8, folder / "int8.onnx")
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one of the processes that share the tests writes them for all
+        place = place.parent
+    folder = place / "onnx" / "new folder"
+    with FileLock(place / "onnx.lock"):
+        if not (folder / "float.onnx").exists():
+            export_onnx(request.getfixturevalue("compressed").int8, folder / "int8.onnx")
+            export_onnx(make_network(channels=16).train(), folder / "float.onnx")
     return {path.stem: path for path in folder.iterdir()}
 
 

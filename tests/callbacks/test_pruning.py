@@ -121,6 +121,7 @@ def answer(network):
     return outputs
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_the_same_trained_parameters(pruned_run, tmp_path, check_two_processes):
     """Each sees photos of its own, so each alone would choose other channels, and estimate other statistics."""
     options = ["recalibrate=20", "importance=taylor", "ranking=global", "round_to=1"]
