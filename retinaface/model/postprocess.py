@@ -61,8 +61,9 @@ def postprocess(
     for picture, picture_scores in enumerate(scores):
         # Filter before decoding: of tens of thousands of anchors a few hundred are left, and of these fewer faces.
         candidates = (picture_scores >= score_threshold).nonzero()[:, 0]
-        best, order = picture_scores[candidates].topk(min(top_k, len(candidates)))
-        candidates = candidates[order]
+        # Stable: INT8 knows few scores, and of equal ones the first is the best, as in ONNX's own suppression.
+        best, order = picture_scores[candidates].sort(descending=True, stable=True)
+        best, candidates = best[:top_k], candidates[order[:top_k]]
         boxes = decode_boxes(box_deltas[picture, candidates].float(), anchors[candidates]) * scale.repeat(2)
         kept = suppress(boxes, best, nms_threshold, keep)
         faces = candidates[kept]

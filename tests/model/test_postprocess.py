@@ -44,6 +44,21 @@ def test_against_a_plain_restatement(settings):
             torch.testing.assert_close(ours, theirs)
 
 
+def test_of_equal_scores_the_first_is_the_best():
+    """As INT8 has many of; every runtime's suppression is to keep the same faces."""
+    logits, box_deltas, landmark_deltas = random_outputs(1)
+    logits = logits.round()
+    first = plain_first(logits[0, :, 1] - logits[0, :, 0], 20)
+    found = postprocess((logits, box_deltas * 0, landmark_deltas), SIZE, CONFIG, 0.5, 1.0, top_k=20)[0]
+    anchors = make_anchors(*SIZE, CONFIG.anchor_sizes, CONFIG.strides)
+    wanted = decode_boxes(box_deltas[0, first] * 0, anchors[first]) * torch.tensor([SIZE[1], SIZE[0]] * 2)
+    torch.testing.assert_close(found.boxes, wanted)
+
+
+def plain_first(scores, count):
+    return sorted(range(len(scores)), key=lambda anchor: (-scores[anchor].item(), anchor))[:count]
+
+
 def test_a_batch_gives_what_its_pictures_give():
     outputs = random_outputs(4)
     outputs[0][2, :, 1] = -50  # a picture without faces between others
