@@ -204,7 +204,7 @@ def _ratios(
 
 def _ranked_together(groups: Sequence[ChannelGroup], share: float) -> list[tuple[ChannelGroup, float]]:
     """Ratio of each group when a share of all their channels goes, the least important ones of all."""
-    removed = torch.cat([group.scores for group in groups]).argsort()[
+    removed = torch.cat([group.scores for group in groups]).argsort(stable=True)[
         : _removed(sum(g.channels for g in groups), share)
     ]
     owner = torch.repeat_interleave(torch.tensor([group.channels for group in groups]))
@@ -221,7 +221,7 @@ def _plan(groups: Sequence[ChannelGroup], ratios: Mapping[str, float], settings:
     for group in groups:
         removed = group.channels - _left(group.channels, ratios[group.name], settings)
         if removed:
-            plan.append((group.name, sorted(group.scores.argsort()[:removed].tolist())))
+            plan.append((group.name, sorted(group.scores.argsort(stable=True)[:removed].tolist())))
     return plan
 
 

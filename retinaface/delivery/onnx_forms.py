@@ -202,7 +202,7 @@ def _reshape(tensor: Any, size: Sequence[Any]) -> Any:  # noqa: ANN401
     return opset18.Reshape(tensor, opset18.Constant(value_ints=shape))
 
 
-# What the exporter makes of this file's own operation, and of those for which its own translation is slow.
+# What the exporter makes of this file's own operation, and of those that its own translation makes slow.
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.retinaface.kept_anchors.default: _non_max_suppression,
     torch.ops.aten.view.default: _reshape,

@@ -126,7 +126,7 @@ def vote(found: list[Detections]) -> Detections:
         At most 750 faces, best first.
     """
     boxes, scores, landmarks = (torch.cat(values) for values in zip(*found, strict=True))
-    scores, order = scores.sort(descending=True)
+    scores, order = scores.sort(descending=True, stable=True)
     boxes, landmarks = boxes[order], landmarks[order]
     leaders = suppress(boxes, scores, NMS_THRESHOLD, KEEP)
     if not len(leaders):

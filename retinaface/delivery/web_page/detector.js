@@ -119,8 +119,8 @@ function findCandidates(logits, where, facts, scoreThreshold) {
     for (let y = 0; y < where.height; y += stride) {
       for (let x = 0; x < where.width; x += stride) {
         for (const size of facts.anchor_sizes[level]) {
-          // The softmax of two logits, background and face.
-          const score = 1 / (1 + Math.exp(logits[2 * index] - logits[2 * index + 1]));
+          // The softmax of two logits, background and face; 32 bits, so that equal scores are equal elsewhere too.
+          const score = Math.fround(1 / (1 + Math.exp(Math.fround(logits[2 * index] - logits[2 * index + 1]))));
           if (score >= scoreThreshold && x < usedWidth && y < usedHeight) {
             candidates.push({ index, score, x: x + stride / 2, y: y + stride / 2, size });
           }
