@@ -283,6 +283,8 @@ def recipe_stages():
                 # In INT8 these take long, and other recipes have the same stages.
                 repeats = path.stem in ("own_photos_gradual", "widerface_mobilenet025") or backbones[1:] == [backbone]
                 long = ("ptq", "int8") if repeats or backbone == "resnet50" else ()
+                if backbones[1:] == [backbone]:
+                    long += ("pruned",)
                 slow = [pytest.mark.slow] if stage.name in long else []
                 yield pytest.param(path, backbone, stage.name, id=f"{path.stem}-{backbone}-{stage.name}", marks=slow)
 

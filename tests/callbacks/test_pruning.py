@@ -84,6 +84,7 @@ def test_a_fit_that_finds_no_last_checkpoint_prunes(pruned_run, tmp_path, run_st
     assert (tmp_path / "kept_channels.png").exists()
 
 
+@pytest.mark.slow
 def test_plans_pile_up_from_stage_to_stage(
     pruned_run, pruned_again_run, tiny_root, tiny_checkpoint, tmp_path, run_stage, make_stage_arguments, without_export
 ):
