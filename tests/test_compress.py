@@ -281,9 +281,10 @@ def recipe_stages():
         for backbone in backbones:
             for stage in compress.load_recipe(path).stages:
                 # In INT8 these take long, and other recipes have the same stages.
-                repeats = path.stem in ("own_photos_gradual", "widerface_mobilenet025") or backbones[1:] == [backbone]
+                again = backbones[1:] == [backbone]
+                repeats = path.stem in ("own_photos_gradual", "widerface_mobilenet025") or again
                 long = ("ptq", "int8") if repeats or backbone == "resnet50" else ()
-                if backbones[1:] == [backbone]:
+                if again:
                     long += ("pruned",)
                 slow = [pytest.mark.slow] if stage.name in long else []
                 yield pytest.param(path, backbone, stage.name, id=f"{path.stem}-{backbone}-{stage.name}", marks=slow)

@@ -13,7 +13,7 @@ from retinaface.errors import InputError
 from retinaface.model.anchors import make_anchors
 from retinaface.model.boxes import decode_boxes, decode_landmarks
 from retinaface.model.network import NetworkConfig, Outputs, normalize
-from retinaface.model.postprocess import suppress
+from retinaface.model.postprocess import best_anchors, suppress
 
 Form = Literal["raw", "decoded", "end_to_end"]
 Input = Literal["normalized", "uint8"]
@@ -168,9 +168,7 @@ def _kept_anchors(boxes: Tensor, scores: Tensor, score_threshold: float, nms_thr
     """
     found = []
     for picture, picture_scores in enumerate(scores):
-        candidates = (picture_scores >= score_threshold).nonzero()[:, 0]
-        best, order = picture_scores[candidates].sort(descending=True, stable=True)
-        candidates = candidates[order]
+        best, candidates = best_anchors(picture_scores, score_threshold)
         kept = candidates[suppress(boxes[picture, candidates], best, nms_threshold, KEEP)]
         found.append(torch.stack([torch.full_like(kept, picture), torch.zeros_like(kept), kept], dim=1))
     return torch.cat(found)

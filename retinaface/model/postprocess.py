@@ -60,16 +60,30 @@ def postprocess(
     found = []
     for picture, picture_scores in enumerate(scores):
         # Filter before decoding: of tens of thousands of anchors a few hundred are left, and of these fewer faces.
-        candidates = (picture_scores >= score_threshold).nonzero()[:, 0]
-        # Stable: INT8 knows few scores, and of equal ones the first is the best, as in ONNX's own suppression.
-        best, order = picture_scores[candidates].sort(descending=True, stable=True)
-        best, candidates = best[:top_k], candidates[order[:top_k]]
+        best, candidates = (each[:top_k] for each in best_anchors(picture_scores, score_threshold))
         boxes = decode_boxes(box_deltas[picture, candidates].float(), anchors[candidates]) * scale.repeat(2)
         kept = suppress(boxes, best, nms_threshold, keep)
         faces = candidates[kept]
         landmarks = decode_landmarks(landmark_deltas[picture, faces].float(), anchors[faces]) * scale
         found.append(Detections(boxes[kept], best[kept], landmarks))
     return found
+
+
+def best_anchors(scores: Tensor, score_threshold: float) -> tuple[Tensor, Tensor]:
+    """Scores at or above a threshold, best first.
+
+    INT8 knows few scores: of equal ones the first is the best, as in ONNX's own suppression.
+
+    Args:
+        scores: ``(A,)`` float32 of one picture.
+        score_threshold: Lower scores are dropped.
+
+    Returns:
+        ``(N,)`` float32 falling scores, and ``(N,)`` int64 anchors that have them.
+    """
+    candidates = (scores >= score_threshold).nonzero()[:, 0]
+    best, order = scores[candidates].sort(descending=True, stable=True)
+    return best, candidates[order]
 
 
 def suppress(boxes: Tensor, scores: Tensor, nms_threshold: float, keep: int) -> Tensor:
