@@ -81,9 +81,9 @@ def detect(
     for source, each in found.items():
         if isinstance(each, VideoDetections):
             count = sum(len(faces.scores) for faces in each.frames)
-            _console.print(f"{source}: {count} faces in {len(each.frames)} frames")
+            _console.print(f"{source}: {_count(count, 'face')} in {_count(len(each.frames), 'frame')}")
         else:
-            _console.print(f"{source}: {len(each.scores)} faces")
+            _console.print(f"{source}: {_count(len(each.scores), 'face')}")
     _console.print(f"written to {out}")
     unread = [*empty, *unreadable]
     _print_list("NOT READ, not to the end, or not copied", unread, most=len(unread))
@@ -196,8 +196,12 @@ def export(
         )
     settings = OnnxSettings(form, input, None if size is None else _height_and_width(size), batch, **thresholds)
     write = export_mobile if out.suffix == ".pte" else export_onnx
-    write(load_network(ckpt)[0], out, settings, [] if photos is None else _photos_in(photos))
+    found = [] if photos is None else _photos_in(photos)
+    write(load_network(ckpt)[0], out, settings, found)
+    runtime = "ExecuTorch" if out.suffix == ".pte" else "ONNX Runtime"
+    compared = f"noise and {_count(len(found), 'photo')}" if found else "noise; --photos for photos"
     _console.print(f"written to {out} ({out.stat().st_size / 1e6:.2f} MB)")
+    _console.print(f"checked: {runtime} gives what torch gives ({compared})")
 
 
 def web(model: Path, out: Path = Path("web"), runtime: Path | None = None) -> None:
@@ -476,6 +480,10 @@ def check_data(root: Path, out: Path = Path("check-data.png"), json: Path | None
     _write_json(json, {"root": str(root), "splits": facts})
     if broken := sum(len(check.broken) for check in checks):
         raise InputError(f"{root}: {broken} photos are broken, as listed above; replace them or remove their lines")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _print_list(title: str, names: list[str], most: int = 20) -> None:

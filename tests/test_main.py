@@ -99,7 +99,7 @@ def test_detect(checkpoint_files, tmp_path, capsys):
     assert list(content) == [str(photo), str(small)]
     assert len(content[str(photo)]["scores"]) > 0
     text = capsys.readouterr().out
-    assert f"{photo}: {len(content[str(photo)]['scores'])} faces" in text
+    assert f"{photo}: {len(content[str(photo)]['scores'])} faces\n" in text
     names = {path.name for path in out.iterdir()}
     assert names == {"a.jpg", "b.jpg", "detections.json", "detections.csv", ".detections"}
 
@@ -199,10 +199,12 @@ def test_export(checkpoint_files, onnx_file, quick_export, tmp_path, capsys):
     out = tmp_path / "new" / "x.onnx"
     main(["export", str(checkpoint_files["float"]), "--out", str(out)])
     assert out.read_bytes() == onnx_file.read_bytes()
-    assert f"written to {out}" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"written to {out}" in text
+    assert "checked: ONNX Runtime gives what torch gives (noise; --photos for photos)\n" in text
 
 
-def test_export_of_another_form(checkpoint_files, tmp_path, monkeypatch):
+def test_export_of_another_form(checkpoint_files, tmp_path, monkeypatch, capsys):
     calls = []
 
     def export(network, path, settings, photos):
@@ -216,6 +218,9 @@ def test_export_of_another_form(checkpoint_files, tmp_path, monkeypatch):
     form = ["--form=end_to_end", "--input=uint8", "--size=480x640", "--batch=2", "--score=0.3", "--nms=0.5"]
     main([*command, *form, "--photos", str(tmp_path / "photos")])
     main([*command, "--photos", str(photos[1])])
+    text = capsys.readouterr().out
+    assert "(noise and 2 photos)\n" in text
+    assert "(noise and 1 photo)\n" in text
     assert [(asdict(settings), found) for settings, found in calls] == [
         (
             {

@@ -185,7 +185,13 @@ def open_video(source: Source, limit: int | None = None) -> Video:
     """
     if isinstance(source, Path) and not source.is_file():
         raise InputError(f"{source}: no such file; check the path")
-    capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
+    level = cv2.utils.logging.getLogLevel()
+    # What it says of each of its ways to open one is many lines; ours, below, says what to do.
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    try:
+        capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
+    finally:
+        cv2.utils.logging.setLogLevel(level)
     if not capture.isOpened():
         if isinstance(source, int):
             raise InputError(f"camera {source}: cannot be opened; check that it is connected and not in use")

@@ -1,8 +1,10 @@
 from pathlib import Path
 
+import cv2
 import pytest
 
-from retinaface.delivery.sources import earlier_results, find_sources, is_photo, note_result
+from retinaface.delivery.sources import earlier_results, find_sources, is_photo, note_result, open_video
+from retinaface.errors import InputError
 
 
 @pytest.fixture
@@ -105,3 +107,11 @@ def test_a_folder_that_cannot_be_looked_into_is_named(folder, monkeypatch):
     sources = find_sources(["photos", "photos", "0"], Path("elsewhere"))
     assert sources.found == [Path("photos/a.png"), Path("0")]
     assert sources.empty == ["photos/secret: cannot be looked into (Permission denied); check its permissions"]
+
+
+def test_a_camera_that_is_not_there_is_no_occasion_for_opencv_to_speak(capfd):
+    before = cv2.utils.logging.getLogLevel()
+    with pytest.raises(InputError, match="camera 99: cannot be opened"):
+        open_video(99)
+    assert capfd.readouterr().err == ""
+    assert cv2.utils.logging.getLogLevel() == before
