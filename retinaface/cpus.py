@@ -7,7 +7,10 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-_DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8"}
+_X86_DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8"}
+
+DOT_PRODUCTS = frozenset(_X86_DOT_PRODUCTS | {"asimddp", "i8mm"})
+"""Names of the features that make INT8 fast, as Linux writes them."""
 
 
 def usable_cpus() -> int:
@@ -67,7 +70,7 @@ def saturates_int8() -> bool:
         False where the system does not tell.
     """
     flags = cpu_flags()
-    return "sse2" in flags and not flags & _DOT_PRODUCTS  # every x86-64 CPU has SSE2
+    return "sse2" in flags and not flags & _X86_DOT_PRODUCTS  # every x86-64 CPU has SSE2
 
 
 def _cpuinfo(*keys: str) -> str:

@@ -164,9 +164,10 @@ class Video:
     def lacks(self, frames: int) -> bool:
         """Whether it has ended too early, if this many frames were read.
 
-        The number of frames that a file says it has may be off by a few; one second is allowed.
+        The number of frames that a file says it has may be off by a few; 2 % are allowed, 2 at least and a second at
+        most.
         """
-        allowed = 0 if isinstance(self.source, int) else self.fps
+        allowed = 0 if isinstance(self.source, int) else min(self.fps, max(2, 0.02 * self.count))
         return self.count - frames > allowed or not frames
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from retinaface.evaluation.benchmark import Rounds, Timing
+from retinaface.evaluation.benchmark import SAME, Rounds, Timing
 from retinaface.evaluation.footprint import Footprint
 from retinaface.evaluation.raw_call import Runtime
 
@@ -86,7 +86,8 @@ def benchmark_markdown(
         "",
         "Models and runtimes take turns, so that what disturbs one disturbs the others; raw outputs, without "
         "post-processing. Times are medians, ratios the medians over the rounds of the first row's time / this row's, "
-        "both with their 10-90 % range. Faster or slower is what a 95 % interval tells from 1; all else is noise.",
+        f"both with their 10-90 % range. Faster or slower is what a 95 % interval tells from 1 and is {SAME:.0%} or more; all "
+        "else is noise.",
     ]
     for rounds in every:
         lines += ["", f"## {describe_rounds(rounds)}", "", *_markdown(_TIMING_HEADINGS, _timing_rows(rounds))]
@@ -137,6 +138,8 @@ def _footprint_rows(footprints: Sequence[Footprint]) -> list[list[str]]:
 
 
 def _verdict(timing: Timing) -> str:
+    if timing.ratio_low is None:
+        return "too few rounds"
     if not timing.differs:
         return "within noise"
     return "faster" if timing.ratio > 1 else "slower"

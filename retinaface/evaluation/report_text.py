@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
+from retinaface.cpus import DOT_PRODUCTS
 from retinaface.evaluation.benchmark_text import RUNTIME_NAMES
 from retinaface.evaluation.evaluate import SHOWN_SCORE, describe_data
 from retinaface.evaluation.wider_ap import SUBSETS
@@ -214,12 +215,19 @@ def methods(report: Mapping[str, Any]) -> dict[str, str]:
 def environment(machine: Mapping[str, Any]) -> dict[str, str]:
     """Says on which machine and with which software it was measured: name to text."""
     return {
-        "Machine": f"{machine['cpu']}, {machine['cores']} cores, INT8 instructions: "
-        f"{', '.join(machine['flags']) or 'unknown'}; {machine['os']}.",
+        "Machine": f"{machine['cpu']}, {machine['cores']} cores, {_int8_instructions(machine['flags'])}; "
+        f"{machine['os']}.",
         "Versions": f"Python {machine['python']}, torch {machine['torch']}, lightning {machine['lightning']}, "
         f"torchao {machine['torchao']}, onnxruntime {machine['onnxruntime']}, "
         f"openvino {machine['openvino'] or 'absent'}.",
     }
+
+
+def _int8_instructions(flags: Sequence[str]) -> str:
+    dot_products = [flag for flag in flags if flag in DOT_PRODUCTS]
+    if dot_products:
+        return f"INT8 instructions: {', '.join(dot_products)}"
+    return f"no INT8 instructions known ({', '.join(flags) or 'nothing is known of this CPU'})"
 
 
 _ACCURACY_PICTURES = (

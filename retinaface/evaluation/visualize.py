@@ -303,7 +303,8 @@ def plot_training(figures: Mapping[str, Mapping[int, float]], path: Path) -> Non
         axes.set_ylabel(title)
         if title != "learning rate":  # its groups have the rates of parts of the network, mostly the same
             axes.legend(frameon=False, ncols=2)
-        axes.set_ylim(bottom=0)
+        highest = max(max(line.values()) for line in lines.values())
+        axes.set_ylim(0, 1.1 * highest or None)
         _tidy(axes)
     every[-1].set_xlabel("training step")
     _save(figure, path)

@@ -67,12 +67,14 @@ class FakeCall:
         return float(len(self.log))
 
 
-def test_models_take_turns_in_rotated_order():
+def test_models_take_turns_in_changing_order():
     log = []
-    times = module.interleaved_times([FakeCall(name, log) for name in "ABC"], warmup=1, rounds=3, title="")
-    assert "".join(log) == "ABC" + "BCA" + "CAB" + "ABC"
+    times = module.interleaved_times([FakeCall(name, log) for name in "ABC"], warmup=1, rounds=99, title="")
+    turns = ["".join(log[start : start + 3]) for start in range(0, 300, 3)]
+    assert {*turns} == {"ABC", "ACB", "BAC", "BCA", "CAB", "CBA"}
     # Each time lands in the column of its model, the warm-up is left out.
-    assert times.tolist() == [[6, 4, 5], [8, 9, 7], [10, 11, 12]]
+    expected = [[4 + 3 * number + turn.index(name) for name in "ABC"] for number, turn in enumerate(turns[1:])]
+    assert times.tolist() == expected
 
 
 def summary(baseline, times):
@@ -98,6 +100,12 @@ def test_noise_is_rarely_called_a_difference():
     random = np.random.default_rng(0)
     verdicts = [summary(*(10 * random.lognormal(0, 0.2, (2, 50)))).differs for _ in range(200)]
     assert sum(verdicts) <= 20  # 5 % expected
+
+
+def test_what_two_sessions_of_one_file_differ_by_is_no_difference():
+    baseline = np.full(100, 10.0)
+    differ = [summary(baseline, baseline * factor).differs for factor in (0.96, 0.98, 1.02, 1.04)]
+    assert differ == [True, False, False, True]
 
 
 def test_everyone_against_the_first_within_a_runtime_and_at_best():

@@ -33,6 +33,11 @@ def printed(table):
     return console.file.getvalue()
 
 
+def test_few_rounds_tell_nothing():
+    rounds = replace(make_rounds(), milliseconds=make_rounds().milliseconds[:5])
+    assert printed(benchmark_table(rounds)).count("too few rounds") == 3
+
+
 @pytest.mark.parametrize("form", ["table", "markdown"])
 def test_baseline_faster_slower_and_noise_are_told(form):
     rounds = make_rounds()

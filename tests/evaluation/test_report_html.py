@@ -13,6 +13,7 @@ from retinaface.evaluation import report_html as module
 from retinaface.evaluation.describe import Layer
 from retinaface.evaluation.evaluate import Accuracy, Evaluation, Photo
 from retinaface.evaluation.report_html import layer_blocks, report_html, side_by_side
+from retinaface.evaluation.report_text import environment
 from retinaface.evaluation.wider_ap import SIZE_CLASSES, SUBSETS, Curve
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -246,6 +247,18 @@ def test_where_curves_are_that_are_in_tensorboard(tmp_path, tiny_root, quick_plo
     events.touch()
     text = text_of(report_html(make_report(), make_evaluations(tiny_root), LAYERS, tmp_path))
     assert f"tensorboard --logdir {events.parents[1]}" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["avx2", "avx512_vnni"], "2 cores, INT8 instructions: avx512_vnni; "),
+        (["avx2"], "2 cores, no INT8 instructions known (avx2); "),
+    ],
+)
+def test_int8_instructions_are_those_that_make_it_fast(flags, said):
+    machine = make_report()["machine"]
+    assert said in environment({**machine, "flags": flags})["Machine"]
 
 
 def test_layers_are_grouped_by_part():
