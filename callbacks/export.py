@@ -67,6 +67,7 @@ class ExportOnnx(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         # A fit that is interrupted after its last validation, and goes on, has nothing left to measure.
         checkpoint["average_precision"] = self._measured
+        checkpoint["trained_on"] = _trained_on(trainer)
 
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -78,15 +79,20 @@ class ExportOnnx(L.Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        root = getattr(data, "root", None)
         export_onnx(
             pl_module.network,
             self.file(trainer),
             self.settings,
             photos=[sample.path for sample in evenly_spread(getattr(data, "val_samples", []), _PHOTOS)],
-            trained_on=None if root is None else Path(root).resolve().name,
+            trained_on=_trained_on(trainer),
             average_precision=self._measured or None,
         )
+
+
+def _trained_on(trainer: L.Trainer) -> str | None:
+    """The name of the data's folder."""
+    root = getattr(trainer.datamodule, "root", None)  # type: ignore[attr-defined]
+    return None if root is None else Path(root).resolve().name
 
 
 def _average_precision(trainer: L.Trainer) -> dict[str, float]:

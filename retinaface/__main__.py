@@ -157,7 +157,7 @@ def export(
     ckpt: Path,
     out: Path,
     form: Literal["raw", "decoded", "end_to_end"] = "raw",
-    input: Literal["normalized", "uint8"] = "normalized",
+    input: Literal["normalized", "uint8", "bgr", "rgb"] = "normalized",
     size: str | None = None,
     batch: int | None = None,
     score: float | None = None,
@@ -176,7 +176,8 @@ def export(
         out: The file to write, .onnx or .pte.
         form: What it gives: raw outputs, which the other commands take; boxes in pixels, scores and landmarks of every
             anchor; or the faces that are left after score threshold and suppression.
-        input: What it takes, BGR in batch, channel, height, width: float32 minus the mean colour, or uint8 pictures.
+        input: What it takes: BGR in batch, channel, height, width, as float32 minus the mean colour (normalized) or as
+            uint8; or, as programs have it, uint8 in batch, height, width, channel (bgr of OpenCV, rgb of Pillow).
         size: Height and width in pixels that it takes, such as 480x640; by default any from 33.
         batch: Pictures per call that it takes; by default any number.
         score: For end_to_end: faces with a lower score are dropped; by default 0.5.
@@ -184,7 +185,7 @@ def export(
         photos: Photo, or folder of photos, to check the file on besides noise.
     """
     from retinaface.compression.structure import load_network
-    from retinaface.delivery.export import export_onnx
+    from retinaface.delivery.export import export_onnx, recorded_facts
     from retinaface.delivery.mobile import export_mobile
     from retinaface.delivery.onnx_forms import OnnxSettings
 
@@ -194,10 +195,15 @@ def export(
         raise InputError(
             f"--score and --nms: a file of the form {form} has neither; leave them out, or add --form end_to_end"
         )
+    if out.suffix not in (".onnx", ".pte"):
+        raise InputError(f"--out {out}: expected a name that ends in .onnx, or in .pte for phones")
     settings = OnnxSettings(form, input, None if size is None else _height_and_width(size), batch, **thresholds)
-    write = export_mobile if out.suffix == ".pte" else export_onnx
     found = [] if photos is None else _photos_in(photos)
-    write(load_network(ckpt)[0], out, settings, found)
+    network, _ = load_network(ckpt)
+    if out.suffix == ".pte":
+        export_mobile(network, out, settings, found)
+    else:
+        export_onnx(network, out, settings, found, **recorded_facts(ckpt))
     runtime = "ExecuTorch" if out.suffix == ".pte" else "ONNX Runtime"
     compared = f"noise and {_count(len(found), 'photo')}" if found else "noise; --photos for photos"
     _console.print(f"written to {out} ({out.stat().st_size / 1e6:.2f} MB)")

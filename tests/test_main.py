@@ -207,7 +207,7 @@ def test_export(checkpoint_files, onnx_file, quick_export, tmp_path, capsys):
 def test_export_of_another_form(checkpoint_files, tmp_path, monkeypatch, capsys):
     calls = []
 
-    def export(network, path, settings, photos):
+    def export(network, path, settings, photos, **_):
         calls.append((settings, photos))
         path.touch()
 
@@ -247,6 +247,16 @@ def test_export_of_no_size(checkpoint_files, size, tmp_path, capsys):
 def test_export_with_thresholds_that_nothing_would_look_at(checkpoint_files, option, form, tmp_path, capsys):
     line = fails(capsys, "export", checkpoint_files["float"], "--out", tmp_path / "x.onnx", option, "--form", form)
     assert f"a file of the form {form} has neither; leave them out, or add --form end_to_end" in line
+
+
+def test_export_to_another_kind_of_file(checkpoint_files, tmp_path, capsys):
+    line = fails(capsys, "export", checkpoint_files["float"], "--out", tmp_path / "x.tflite")
+    assert "x.tflite: expected a name that ends in .onnx, or in .pte for phones" in line
+
+
+def test_export_of_what_is_exported_already(onnx_file, tmp_path, capsys):
+    line = fails(capsys, "export", onnx_file, "--out", tmp_path / "x.onnx")
+    assert f"{onnx_file}: is an ONNX file; expected a checkpoint (.pth or .ckpt)" in line
 
 
 def test_export_with_a_folder_without_photos(checkpoint_files, tmp_path, capsys):

@@ -5,7 +5,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from retinaface.delivery.session import open_session
 from retinaface.delivery.tensorrt import require_tensorrt_form
 from retinaface.errors import InputError
 from retinaface.model.boxes import VARIANCES
+from retinaface.model.checkpoints import read_torch_file
 from retinaface.model.network import DYNAMIC_SHAPE, Outputs, export_example, normalize, pad_small
 from retinaface.whole_file import whole_file
 
@@ -72,8 +73,8 @@ def export_onnx(
 ) -> None:
     """Writes a network as ONNX in opset 18, and checks the file.
 
-    Input is ``images (B, 3, H, W)``; type and outputs are those of the settings, by default float32 BGR minus the mean
-    colour, as from :func:`retinaface.model.network.normalize`, with any batch, height and width (33 pixels or more),
+    Input is ``images``; what it holds and the outputs are by the settings: by default ``(B, 3, H, W)`` float32 BGR minus
+    the mean colour, as from :func:`retinaface.model.network.normalize`, any batch, height and width (33 pixels or more),
     and ``class_logits``, ``box_deltas`` and ``landmark_deltas``. A fake-quantized network is written with INT8 weights
     between QuantizeLinear and DequantizeLinear nodes.
 
@@ -83,7 +84,8 @@ def export_onnx(
     thresholds; ``trained_on`` and ``average_precision`` where they are known.
 
     The file is right when ONNX's checker and strict shape inference pass, ONNX Runtime's raw outputs are torch's, and
-    every later step gives what torch makes of the numbers that the step before gave in ONNX Runtime.
+    every later step gives what torch makes of the numbers that the step before gave in ONNX Runtime. As no face may be
+    found in what it is compared on, the suppression is compared on all anchors of the noise as well.
 
     Args:
         network: Float or fake-quantized; left as it was.
@@ -111,6 +113,10 @@ def export_onnx(
             onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(facts)})
             if isinstance(network, FakeQuantizedRetinaFace) and network.settings.backend == "tensorrt":
                 require_tensorrt_form(model)
+            if settings.form == "end_to_end":
+                onnx.save(_without_score_threshold(model), unchecked)
+                every_anchor = OnnxForm(graph, network.config, replace(settings, score_threshold=0))
+                _check_outputs(every_anchor, network, unchecked, path.name, photos=())
             onnx.save(model, unchecked)
             _check_outputs(form, network, unchecked, path.name, photos)
             _keep_outputs(model.graph, settings.output_names)
@@ -129,11 +135,11 @@ def file_facts(network: Network, settings: OnnxSettings) -> dict[str, Any]:
         "form": settings.form,
         "input": {
             "name": INPUT_NAME,
-            "type": "uint8" if settings.input == "uint8" else "float32",
-            "layout": "batch, channel, height, width",
-            "colours": "BGR",
+            "type": "float32" if settings.input == "normalized" else "uint8",
+            "layout": "batch, channel, height, width" if settings.in_planes else "batch, height, width, channel",
+            "colours": "RGB" if settings.input == "rgb" else "BGR",
             "range": [0, 255],
-            "subtract": [0, 0, 0] if settings.input == "uint8" else MEAN_BGR,
+            "subtract": MEAN_BGR if settings.input == "normalized" else [0, 0, 0],
         },
         "size": settings.size,
         "batch": settings.batch,
@@ -148,6 +154,17 @@ def file_facts(network: Network, settings: OnnxSettings) -> dict[str, Any]:
     if settings.form == "end_to_end":
         facts |= {"score_threshold": settings.score_threshold, "nms_threshold": settings.nms_threshold, "keep": KEEP}
     return facts
+
+
+def recorded_facts(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of its training: ``trained_on`` and ``average_precision``, where they are known.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    content = read_torch_file(checkpoint, mmap=checkpoint.suffix == ".ckpt")
+    facts = content if isinstance(content, Mapping) else {}
+    return {name: facts[name] for name in ("trained_on", "average_precision") if facts.get(name)}
 
 
 def _known(**facts: object) -> dict[str, object]:
@@ -212,25 +229,33 @@ def _to_onnx(form: OnnxForm) -> onnx.ModelProto:
 def _example(settings: OnnxSettings) -> tuple[Tensor, dict[int, Any]]:
     """An input to trace with, and those of its axes that the file leaves open."""
     batch, _, *size = export_example().shape
-    example = torch.zeros(
-        settings.batch or batch,
-        3,
-        *(settings.size or size),
-        dtype=torch.uint8 if settings.input == "uint8" else torch.float32,
-    )
+    example = settings.feed(torch.zeros(settings.batch or batch, 3, *(settings.size or size), dtype=torch.uint8))
     given = {0: settings.batch, 2: settings.size, 3: settings.size}
-    return example, {axis: open_axis for axis, open_axis in DYNAMIC_SHAPE.items() if given[axis] is None}
+    open_axes = {axis: open_axis for axis, open_axis in DYNAMIC_SHAPE.items() if given[axis] is None}
+    shift = 0 if settings.in_planes else -1  # of height and width, which then come before the channels
+    return example, {axis + (shift if axis else 0): open_axis for axis, open_axis in open_axes.items()}
 
 
 def _name_axes(graph: onnx.GraphProto, settings: OnnxSettings) -> None:
     """Gives the open axes of inputs and outputs the names that people know them by."""
     faces = settings.output_names if settings.form == "end_to_end" else ()
-    axes = {INPUT_NAME: ("batch", "channels", "height", "width"), **dict.fromkeys(faces, ("faces",))}
+    taken = ("batch", "channels", "height", "width") if settings.in_planes else ("batch", "height", "width", "channels")
+    axes = {INPUT_NAME: taken, **dict.fromkeys(faces, ("faces",))}
     for value in (*graph.input, *graph.output):
         names = axes.get(value.name, ("batch", "anchors"))
         for axis, name in zip(value.type.tensor_type.shape.dim, names, strict=False):
             if axis.dim_param:
                 axis.dim_param = name
+
+
+def _without_score_threshold(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Copy whose suppression takes every anchor."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    for node in changed.graph.node:
+        if node.op_type == "NonMaxSuppression":
+            del node.input[4:]
+    return changed
 
 
 def _keep_outputs(graph: onnx.GraphProto, names: Sequence[str]) -> None:
@@ -285,8 +310,7 @@ def _check_outputs(form: OnnxForm, network: Network, path: Path, name: str, phot
     compared: list[Tensor] = []
     for pictures in check_pictures(form.settings, photos, quantized is not None):
         images = normalize(pictures)
-        feed = pictures if form.settings.input == "uint8" else images
-        arrays = session.run(list(form.settings.step_names), {INPUT_NAME: feed.numpy()})
+        arrays = session.run(list(form.settings.step_names), {INPUT_NAME: form.settings.feed(pictures).numpy()})
         class_logits, box_deltas, landmark_deltas, *later = map(torch.from_numpy, arrays)
         raw = (class_logits, box_deltas, landmark_deltas)
         with torch.no_grad():

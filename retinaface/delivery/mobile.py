@@ -21,7 +21,6 @@ from retinaface.compression.structure import Network
 from retinaface.delivery.export import METADATA_KEY, check_pictures, compare_outputs, file_facts, require_within
 from retinaface.delivery.onnx_forms import OnnxForm, OnnxSettings
 from retinaface.errors import InputError
-from retinaface.model.network import normalize
 from retinaface.whole_file import whole_file
 
 USUAL_SIZE = (640, 640)
@@ -34,7 +33,7 @@ class MobileForm(OnnxForm):
     """As the base class, with the outputs of the last step alone."""
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Maps ``(B, 3, H, W)``, float32 or uint8 by the settings, to the outputs that the settings name."""
+        """Maps what the settings say that the file takes to the outputs that they name."""
         return super().forward(images)[-len(self.settings.output_names) :]
 
 
@@ -102,8 +101,7 @@ def _to_program(form: MobileForm, facts: str) -> bytes:
     exir = importlib.import_module("executorch.exir")
     xnnpack = importlib.import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
     assert form.settings.size is not None
-    dtype = torch.uint8 if form.settings.input == "uint8" else torch.float32
-    example = torch.zeros(form.settings.batch or 1, 3, *form.settings.size, dtype=dtype)
+    example = form.settings.feed(torch.zeros(form.settings.batch or 1, 3, *form.settings.size, dtype=torch.uint8))
     with _quiet():
         program = exir.to_edge_transform_and_lower(
             torch.export.export(form, (example,)),
@@ -134,7 +132,7 @@ def _check_outputs(form: MobileForm, network: Network, program: bytes, file: str
     whole = MobileForm(copy, form.config, form.settings)
     compared: list[Tensor] = []
     for pictures in check_pictures(form.settings, photos, int8):
-        images = pictures if form.settings.input == "uint8" else normalize(pictures)
+        images = form.settings.feed(pictures)
         with torch.no_grad():
             exact = None
             if isinstance(copy, FakeQuantizedRetinaFace):

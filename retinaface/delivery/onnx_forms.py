@@ -16,7 +16,7 @@ from retinaface.model.network import NetworkConfig, Outputs, normalize
 from retinaface.model.postprocess import best_anchors, suppress
 
 Form = Literal["raw", "decoded", "end_to_end"]
-Input = Literal["normalized", "uint8"]
+Input = Literal["normalized", "uint8", "bgr", "rgb"]
 
 # boxes (B, A, 4) xyxy in pixels, scores (B, A), landmarks (B, A, 5, 2) in pixels
 Decoded = tuple[Tensor, Tensor, Tensor]
@@ -51,7 +51,8 @@ class OnnxSettings:
             threshold enters the suppression, where ``Detector.detect`` takes the best 5000, and 750 faces a picture
             are given at most.
         input: ``normalized`` takes float32 from :func:`retinaface.model.network.normalize` (BGR, 0-255, minus the mean
-            colour), ``uint8`` the picture itself (BGR, 0-255). Both are ``(B, 3, H, W)``.
+            colour), ``uint8`` the picture itself (BGR, 0-255), both ``(B, 3, H, W)``. ``bgr`` and ``rgb`` take it as
+            programs have it, uint8 ``(B, H, W, 3)``: OpenCV reads BGR; Pillow, browsers and cameras give RGB.
         size: Height and width in pixels that the file takes; None for any from 33.
         batch: Pictures per call that the file takes; None for any number.
         score_threshold: ``end_to_end``: faces with a lower score are dropped.
@@ -89,6 +90,20 @@ class OnnxSettings:
         return _STEPS[self.form][-1]
 
     @property
+    def in_planes(self) -> bool:
+        """Whether the file takes ``(B, 3, H, W)``, else ``(B, H, W, 3)``."""
+        return self.input in ("normalized", "uint8")
+
+    def feed(self, pictures: Tensor) -> Tensor:
+        """What the file takes of pictures ``(B, 3, H, W)`` uint8 BGR."""
+        if self.input == "normalized":
+            return normalize(pictures)
+        if self.in_planes:
+            return pictures
+        ordered = pictures.flip(1) if self.input == "rgb" else pictures
+        return ordered.permute(0, 2, 3, 1).contiguous()
+
+    @property
     def step_names(self) -> tuple[str, ...]:
         """Names of the outputs of every step, in order; the last ones are those of the file."""
         return tuple(name for step in _STEPS[self.form] for name in step)
@@ -114,8 +129,12 @@ class OnnxForm(nn.Module):
         self.register_buffer("black", normalize(torch.zeros(1, 3, 1, 1)), persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Maps ``(B, 3, H, W)``, float32 or uint8 by the settings, to the outputs of every step."""
-        if self.settings.input == "uint8":
+        """Maps what the settings say that the file takes to the outputs of every step."""
+        if not self.settings.in_planes:
+            images = images.permute(0, 3, 1, 2)
+        if self.settings.input == "rgb":
+            images = images[:, [2, 1, 0]]
+        if self.settings.input != "normalized":
             images = images.float() + self.black
         raw: Outputs = self.network(images)
         if self.settings.form == "raw":

@@ -217,7 +217,7 @@ def load_detector(
         raise InputError(f"{path}: no such file; expected a detector (.pth, .ckpt or .onnx)")
     if threads is not None and threads < 1:
         raise InputError(f"threads: expected at least 1, found {threads}")
-    is_onnx = path.suffix == ".onnx"
+    is_onnx = path.suffix.lower() == ".onnx"
     chosen = ("onnxruntime" if is_onnx else "torch") if runtime == "auto" else runtime
     _require_fitting(path, is_onnx, chosen, providers, device)
     run: Callable[[Tensor], Outputs]

@@ -83,7 +83,7 @@ def _require_page_or_nothing(out: Path) -> None:
 
 
 def _facts(model: Path) -> dict[str, Any]:
-    if model.suffix != ".onnx":
+    if model.suffix.lower() != ".onnx":
         raise InputError(
             f"{model}: browsers run ONNX files only; write one with `python -m retinaface export {model} --out FILE`"
         )

@@ -54,7 +54,7 @@ class RawCall:
 
 def fits(model: Path, runtime: Runtime) -> bool:
     """Whether a runtime takes files of this kind: torch .ckpt and .pth, the others .onnx."""
-    return (model.suffix == ".onnx") != (runtime == "torch")
+    return (model.suffix.lower() == ".onnx") != (runtime == "torch")
 
 
 def usable_runtimes(models: Sequence[Path]) -> list[Runtime]:

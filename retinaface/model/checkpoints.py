@@ -46,6 +46,8 @@ def read_torch_file(path: Path | str, mmap: bool = False) -> Any:  # noqa: ANN40
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a checkpoint (.pth or .ckpt)")
+    if path.suffix.lower() == ".onnx":
+        raise InputError(f"{path}: is an ONNX file; expected a checkpoint (.pth or .ckpt)")
     if not mmap and is_zipfile(path) and not is_whole(path):
         raise InputError(f"{path}: {DAMAGED}")
     try:

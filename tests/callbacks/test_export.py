@@ -61,7 +61,7 @@ def test_what_was_measured_before_the_last_steps_is_not_said(pruned_run, monkeyp
     callback.on_save_checkpoint(trainer, module, checkpoint)
     callback.on_fit_end(trainer, module)
     assert calls == [None]
-    assert checkpoint == {"average_precision": {}}
+    assert checkpoint == {"average_precision": {}, "trained_on": trainer.datamodule.root.name}
 
 
 @pytest.mark.parametrize("chosen", [True, False])

@@ -20,7 +20,7 @@ from retinaface.compression.quantization import QuantizationSettings, prepare_fo
 from retinaface.compression.structure import load_float_network
 from retinaface.data.annotations import read_image
 from retinaface.delivery import export as under_test
-from retinaface.delivery.export import METADATA_KEY, OPSET, OUTPUT_NAMES, _to_onnx, export_onnx
+from retinaface.delivery.export import METADATA_KEY, OPSET, OUTPUT_NAMES, _to_onnx, export_onnx, recorded_facts
 from retinaface.delivery.onnx_forms import OnnxForm, OnnxSettings
 from retinaface.delivery.runtime import load_detector
 from retinaface.errors import InputError
@@ -215,6 +215,44 @@ def test_faces_are_those_of_postprocess_for_any_batch_height_and_width(network, 
         assert_same_faces({name: found[name][here] for name in faces._fields}, faces)
 
 
+def test_pictures_as_programs_have_them(network, tmp_path):
+    export_onnx(network, tmp_path / "x.onnx", OnnxSettings(input="rgb"))
+    assert facts_of(tmp_path / "x.onnx")["input"]["layout"] == "batch, height, width, channel"
+    assert facts_of(tmp_path / "x.onnx")["input"]["colours"] == "RGB"
+    (taken,) = onnx.load(tmp_path / "x.onnx").graph.input
+    assert [axis.dim_param or axis.dim_value for axis in taken.type.tensor_type.shape.dim] == [
+        "batch",
+        "height",
+        "width",
+        3,
+    ]
+    photo = np.random.default_rng(0).integers(0, 256, (2, 50, 81, 3), np.uint8)
+    found = run(tmp_path / "x.onnx", torch.from_numpy(photo[..., ::-1].copy()))
+    planes = torch.from_numpy(photo).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        wanted = network(normalize(planes))
+        bgr = OnnxForm(network, network.config, OnnxSettings(input="bgr"))(torch.from_numpy(photo))
+    for output, expected, of_bgr in zip(found.values(), wanted, bgr, strict=True):
+        torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(of_bgr, expected)
+    assert torch.equal(OnnxSettings(input="bgr").feed(planes), torch.from_numpy(photo))
+
+
+def test_a_suppression_that_is_wrong_is_found_without_a_face(network, every_step, monkeypatch, tmp_path):
+    monkeypatch.setattr("retinaface.delivery.export._to_onnx", exported_as(every_step))
+    other = replace(FACES, nms_threshold=0.1, score_threshold=1)  # what it does as the file does is 0.4
+    with pytest.raises(RuntimeError, match=r"x.onnx: boxes of ONNX Runtime differs from what torch makes"):
+        export_onnx(network, tmp_path / "x.onnx", other)
+
+
+def test_what_a_checkpoint_says_of_its_training(tmp_path):
+    said = {"trained_on": "photos", "average_precision": {"all": 0.5}}
+    torch.save({**said, "state_dict": {}}, tmp_path / "a.ckpt")
+    torch.save({"trained_on": None, "average_precision": {}, "state_dict": {}}, tmp_path / "b.ckpt")
+    torch.save({"some.weight": torch.zeros(1)}, tmp_path / "c.pth")
+    assert [recorded_facts(tmp_path / name) for name in ("a.ckpt", "b.ckpt", "c.pth")] == [said, {}, {}]
+
+
 def test_a_face_at_the_threshold_is_kept(network, every_step):
     # Two equal logits, as INT8 often has them, are a score of exactly one half.
     boxes, scores, landmarks = torch.tensor([[[0.0, 0, 9, 9]]]), torch.tensor([[0.5]]), torch.zeros(1, 1, 5, 2)
@@ -345,7 +383,7 @@ def test_training_data_and_accuracy_where_known(network, quick_export, tmp_path)
     ("settings", "message"),
     [
         ({"form": "cooked"}, "form is 'cooked'; expected one of raw, decoded, end_to_end"),
-        ({"input": "rgb"}, "input is 'rgb'; expected one of normalized, uint8"),
+        ({"input": "grey"}, "input is 'grey'; expected one of normalized, uint8, bgr, rgb"),
         ({"size": (32, 640)}, "size is 32x640; expected height and width of 33 pixels or more"),
         ({"size": (640,)}, "size is 640; expected height and width"),
         ({"batch": 0}, "batch is 0; expected 1 or more"),
