@@ -42,6 +42,9 @@ _LICENCE = "Apache-2.0"
 
 _SHORT_NAMES = {
     "network.": "",
+    "node_": "",
+    "_frozen_param": "weight",
+    "_zero_point": "_zero",
     "dequantize_per_channel": "dqc",
     "dequantize_per_tensor": "dq",
     "quantize_per_tensor": "q",
@@ -265,7 +268,7 @@ def _keep_outputs(graph: onnx.GraphProto, names: Sequence[str]) -> None:
 
 
 def _shorten_names(graph: onnx.GraphProto) -> None:
-    """Takes from names what is not needed to tell them apart: 3 % of the file of mobilenet0.25 in INT8.
+    """Takes from names what is not needed to tell them apart: 4 % of the file of mobilenet0.25 in INT8.
 
     Weights get the names that they have in the network alone.
     """
