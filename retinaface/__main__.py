@@ -65,18 +65,19 @@ def detect(
     """
     from retinaface.delivery.detect import VideoDetections, detect_files
     from retinaface.delivery.runtime import load_detector
-    from retinaface.delivery.sources import find_sources
+    from retinaface.delivery.sources import find_sources, is_photo
     from retinaface.evaluation.visualize import draw_detections
 
     _require_at_least({"frames": (1 if frames is None else frames, 1), "longest": (longest, 64)})
     _require_share({"score": score, "nms": nms})
-    detector = load_detector(model, threads, runtime=runtime, providers=providers, device=device)
     there, empty, left_out = find_sources(list(map(str, sources)), out)
     if left_out:
         kinds = ", ".join(f"{suffix} ({count})" for suffix, count in left_out.most_common())
         _console.print(f"left out in the folders, as neither photo nor video by name: {kinds}")
     if not there:
         raise InputError("; ".join(empty))
+    many = len(there) > 1 and all(map(is_photo, there))  # the frames of a video come one after the other
+    detector = load_detector(model, threads, runtime=runtime, providers=providers, device=device, many=many)
     found, unreadable = detect_files(detector, there, out, draw_detections, score, nms, frames, longest)
     for source, each in found.items():
         if isinstance(each, VideoDetections):
@@ -131,7 +132,7 @@ def evaluate(
     from retinaface.evaluation.evaluate import evaluate as measure
     from retinaface.evaluation.evaluate import evaluation_tables, save_pictures, save_results, send_to_wandb
 
-    load = partial(load_detector, threads=threads, runtime=runtime, providers=providers, device=device)
+    load = partial(load_detector, threads=threads, runtime=runtime, providers=providers, device=device, many=True)
     compared = {} if teacher is None else {f"teacher {teacher.name}": measure(teacher, root, protocol, load)}
     evaluation = measure(model, root, protocol, load)
     evaluations = {**compared, model.name: evaluation}

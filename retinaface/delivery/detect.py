@@ -20,7 +20,7 @@ from retinaface.delivery.runtime import Detector
 from retinaface.delivery.sources import Source, Video, earlier_results, is_photo, note_result, open_video
 from retinaface.errors import InputError
 from retinaface.model.postprocess import Detections
-from retinaface.progress import with_progress
+from retinaface.progress import in_parallel, with_progress
 from retinaface.whole_file import whole_file
 
 Draw = Callable[[NDArray[np.uint8], NDArray[Any], NDArray[Any], NDArray[Any]], NDArray[np.uint8]]
@@ -105,32 +105,49 @@ def detect_files(
     except OSError as error:
         raise InputError(f"{out}: cannot be written to as a folder ({error.strerror}); choose another --out") from error
 
+    def look(photo: Source) -> tuple[Detections | None, str | None]:
+        """The faces in a photo, if it can be read, and what is wrong, if anything."""
+        try:
+            picture = read_image(str(photo), upright=True)
+        except InputError as error:
+            return None, str(error)
+        faces, drawn = find(picture)
+        copy = copies[photo]
+        if _write_picture(drawn, copy):
+            return faces, None
+        return faces, f"{photo}: no copy, as a {copy.suffix} file cannot hold it; convert it to PNG"
+
     def find(picture: NDArray[np.uint8]) -> tuple[Detections, NDArray[np.uint8]]:
         faces = detector.detect(picture, score_threshold, nms_threshold, longest=longest)
         return faces, draw(picture, faces.boxes.numpy(), faces.scores.numpy(), faces.landmarks.numpy())
 
     try:
+        # A bar for the photos up to the next video, and one for its frames.
         for photos, group in groupby(sources, is_photo):
-            # A bar for the photos up to the next video, and one for its frames.
-            for source in with_progress(list(group), "detecting") if photos else group:
+            here = list(group)
+            if photos:
+                for source, (faces, message) in zip(
+                    here, in_parallel(look, here, "detecting", detector.callers), strict=True
+                ):
+                    if faces is not None:
+                        found[str(source)] = faces
+                    if message is not None:
+                        copies.pop(source)
+                        messages.append(message)
+                continue
+            for source in here:
                 try:
-                    opened = read_image(str(source), upright=True) if photos else open_video(source, frames)
+                    video = open_video(source, frames)
                 except InputError as error:
                     messages.append(str(error))
                     continue
-                if isinstance(opened, Video):
-                    in_video, interruption = _detect_video(find, opened, copies[source])
-                    if in_video.frames:
-                        found[str(source)] = in_video
-                    if interruption is None and opened.lacks(len(in_video.frames)):
-                        messages.append(f"{source}: ends after {len(in_video.frames)} of {opened.count} frames")
-                    if interruption is not None and isinstance(source, Path):
-                        raise interruption
-                else:
-                    found[str(source)], picture = find(opened)
-                    if not _write_picture(picture, copies[source]):
-                        copy = copies.pop(source)
-                        messages.append(f"{source}: no copy, as a {copy.suffix} file cannot hold it; convert it to PNG")
+                in_video, interruption = _detect_video(find, video, copies[source])
+                if in_video.frames:
+                    found[str(source)] = in_video
+                if interruption is None and video.lacks(len(in_video.frames)):
+                    messages.append(f"{source}: ends after {len(in_video.frames)} of {video.count} frames")
+                if interruption is not None and isinstance(source, Path):
+                    raise interruption
     except BaseException:
         if found:
             _write_results(found, copies, out)

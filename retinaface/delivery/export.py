@@ -50,6 +50,9 @@ _SHORT_NAMES = {
     "quantize_per_tensor": "q",
 }
 
+# Of a convolution, by ONNX's definition of opset 11.
+_DEFAULTS = {"auto_pad": b"NOTSET", "dilations": [1, 1], "group": 1}
+
 # Largest difference between ONNX Runtime and torch. Float: of any number, relative to the spread of torch's output.
 # INT8: the mean over all pictures, relative to what the rounding to INT8 costs: a value that falls on the other side of
 # a rounding step moves everything after it. On the public mobilenet0.25, on photos and noise, it was 0 to .3. In a
@@ -224,6 +227,7 @@ def _to_onnx(form: OnnxForm) -> onnx.ModelProto:
     del model.graph.metadata_props[:]
     del model.graph.value_info[:]
     _shorten_names(model.graph)
+    _drop_defaults(model.graph)
     _part_zero_points(model.graph)
     _name_axes(model.graph, form.settings)
     return model
@@ -284,6 +288,15 @@ def _shorten_names(graph: onnx.GraphProto) -> None:
         node.name = shortened(node.name)
         node.input[:] = map(shortened, node.input)
         node.output[:] = map(shortened, node.output)
+
+
+def _drop_defaults(graph: onnx.GraphProto) -> None:
+    """Takes from convolutions what ONNX takes them to be where nothing is said."""
+    for node in graph.node:
+        if node.op_type == "Conv":
+            said = [each for each in node.attribute if onnx.helper.get_attribute_value(each) != _DEFAULTS.get(each.name)]
+            del node.attribute[:]
+            node.attribute.extend(said)
 
 
 def _part_zero_points(graph: onnx.GraphProto) -> None:

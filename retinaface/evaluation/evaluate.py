@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from retinaface.evaluation.wider_ap import (
     write_predictions,
 )
 from retinaface.model.postprocess import Detections
-from retinaface.progress import with_progress
+from retinaface.progress import in_parallel
 from retinaface.whole_file import whole_file
 
 # From this score on a person would be shown a face.
@@ -183,7 +184,7 @@ def evaluate_on(
     Raises:
         InputError: The model or an image cannot be read.
     """
-    detector = (load or load_detector)(model)
+    detector = (load or partial(load_detector, many=True))(model)
     start = time.perf_counter()
     found = detect_all(detector, samples, f"evaluating {model.name}", protocol)
     seconds = time.perf_counter() - start
@@ -225,7 +226,7 @@ def labelled_by(model: Path, samples: Sequence[Sample]) -> list[Sample]:
     Raises:
         InputError: The model or an image cannot be read.
     """
-    found = detect_all(load_detector(model), samples, f"labelling with {model.name}")
+    found = detect_all(load_detector(model, many=True), samples, f"labelling with {model.name}")
     return [_with_faces(sample, faces) for sample, faces in zip(samples, found, strict=True)]
 
 
@@ -243,7 +244,12 @@ def detect_all(
     detector: Detector, samples: Sequence[Sample], description: str, protocol: Protocol = "original"
 ) -> list[Detections]:
     """Runs a detector over photos, keeping all but the most hopeless detections, with a progress bar."""
-    return [detect_in_views(detector, sample.read(), protocol) for sample in with_progress(samples, description)]
+
+
+    def look(sample: Sample) -> Detections:
+        return detect_in_views(detector, sample.read(), protocol)
+
+    return list(in_parallel(look, samples, description, detector.callers))
 
 
 def average_precision(detector: Detector, samples: Sequence[Sample], title: str) -> float:

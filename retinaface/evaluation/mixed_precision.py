@@ -194,7 +194,7 @@ class _Meter:
         files = [self._file(()), *map(self._file, candidates)]
         for kept, title in zip(((), *candidates), ("all in INT8", *titles), strict=True):
             if kept not in self._aps:
-                self._aps[kept] = average_precision(load_detector(self._file(kept)), self.samples, title)
+                self._aps[kept] = average_precision(load_detector(self._file(kept), many=True), self.samples, title)
         timings = benchmark(files, self.size, self.threads, warmup=5, rounds=_ROUNDS)[1:]
         return [
             Trial(kept, self._aps[kept], timing.ratio, timing.differs)

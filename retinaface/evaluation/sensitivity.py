@@ -116,14 +116,14 @@ def measure_sensitivity(
     with tempfile.TemporaryDirectory() as folder:
         original = Path(folder) / "original.onnx"
         export_onnx(_with_statistics_of(deepcopy(network), photos), original)
-        whole = average_precision(load_detector(original), samples, "the whole network")
+        whole = average_precision(load_detector(original, many=True), samples, "the whole network")
         found = []
         for number, group in enumerate(groups, start=1):
             title = f"{group.name} ({number} of {len(groups)})"
             files = [Path(folder) / f"{ratio}.onnx" for ratio in RATIOS]
             for ratio, file in zip(RATIOS, files, strict=True):
                 export_onnx(_pruned(network, group, ratio, importance, photos), file)
-            aps = [average_precision(load_detector(file), samples, title) for file in files]
+            aps = [average_precision(load_detector(file, many=True), samples, title) for file in files]
             timings = benchmark([original, *files], size, threads, warmup=3, rounds=_ROUNDS)[1:]
             points = [
                 Point(ratio, ap, whole - ap, timing.ratio)

@@ -2,6 +2,7 @@ import csv
 import json
 import os
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import repeat
 
 import cv2
@@ -401,3 +402,29 @@ def test_ctrl_c_stops_everything_but_a_camera_and_keeps_what_was_found(detector,
     assert len(content[str(video)]["frames"]) == 2
     monkeypatch.undo()
     assert len(read_video(tmp_path / "out" / "a.mp4")[0]) == 2
+
+
+def test_several_callers_write_what_one_does(detector, tmp_path):
+    photos = [write_photo(tmp_path / f"{number}.png", number) for number in range(6)]
+    photos.insert(2, tmp_path / "absent.png")
+    written = []
+    for callers in (1, 3):
+        out = tmp_path / f"out{callers}"
+        _, messages = detect_files(replace(detector, callers=callers), photos, out, draw)
+        assert [str(tmp_path / "absent.png") in message for message in messages] == [True]
+        written.append({path.name: path.read_bytes() for path in out.iterdir() if path.name != ".detections"})
+    assert written[0] == written[1]
+    assert written[0].keys() == {*(f"{number}.png" for number in range(6)), *RESULTS} - {".detections"}
+
+
+def test_memory_that_ends_with_several_callers_leaves_what_was_found(detector, tmp_path):
+    photos = [write_photo(tmp_path / f"{number}.png", number) for number in range(6)]
+
+    def draw_three(image, *_):
+        if len(list((tmp_path / "out").glob("[0-9].png"))) >= 3:
+            raise MemoryError
+        return image
+
+    with pytest.raises(MemoryError):
+        detect_files(replace(detector, callers=2), photos, tmp_path / "out", draw_three)
+    assert len(json.loads((tmp_path / "out" / "detections.json").read_text())) >= 2

@@ -180,6 +180,18 @@ def test_callers_at_once_get_what_they_get_one_after_the_other(detector):
     assert all(len(faces.scores) for faces in found)
 
 
+@pytest.mark.parametrize(
+    ("options", "threads", "callers"),
+    [({}, 3, 1), ({"many": True}, 1, 3), ({"many": True, "threads": 2}, 2, 1), ({"many": True, "providers": ["CPU"]}, 3, 1)],
+)
+def test_many_pictures_are_shared_by_callers_with_a_thread_each(onnx_files, monkeypatch, options, threads, callers):
+    opened = []
+    monkeypatch.setattr("retinaface.delivery.runtime.usable_cpus", lambda: 3)
+    monkeypatch.setattr("retinaface.delivery.runtime.open_session", lambda _, count, **__: opened.append(count))
+    assert load_detector(onnx_files["float"], **options).callers == callers
+    assert opened == [threads]
+
+
 def test_a_network_runs_once_before_several_callers_can(tiny_network):
     """A fake-quantized one changes itself in its first run, see ``FakeQuantizedRetinaFace``."""
     runs = []

@@ -33,7 +33,7 @@ from retinaface.model.postprocess import Detections
 class Oracle:
     """Stands in for a detector: answers with the annotated faces of the photos in turn, without the first ``miss``."""
 
-    runtime = "oracle"
+    runtime, callers = "oracle", 1
 
     def __init__(self, root, miss=0):
         self.answers = iter([(sample.boxes[miss:], sample.landmarks[miss:]) for sample in load_split(root, "val")])
@@ -49,7 +49,7 @@ def oracle(tiny_root, monkeypatch):
     """Evaluates an oracle that misses some faces of each photo."""
 
     def call(root=tiny_root, miss=0):
-        monkeypatch.setattr(module, "load_detector", lambda path: Oracle(root, miss))
+        monkeypatch.setattr(module, "load_detector", lambda path, **_: Oracle(root, miss))
         return evaluate(Path("oracle"), root)
 
     return call
@@ -89,7 +89,7 @@ def test_a_detector_agrees_with_itself_and_less_with_another(tiny_root, tiny_che
     class Finder:
         """Finds two faces on each photo, one of them hardly."""
 
-        runtime = "finder"
+        runtime, callers = "finder", 1
 
         def __init__(self, shift):
             self.boxes = torch.tensor([[10.0, 10.0, 30.0, 30.0], [50.0, 50.0, 70.0, 70.0]]) + shift
@@ -98,7 +98,7 @@ def test_a_detector_agrees_with_itself_and_less_with_another(tiny_root, tiny_che
             return Detections(self.boxes, torch.tensor([0.5, 0.49]), torch.ones(2, 5, 2))
 
     shifts = {"teacher": 0.0, "near": 2.0, "far": 20.0}
-    monkeypatch.setattr(module, "load_detector", lambda model: Finder(shifts[model.name]))
+    monkeypatch.setattr(module, "load_detector", lambda model, **_: Finder(shifts[model.name]))
     unlabelled = load_unlabelled(tiny_root / "WIDER_train" / "images", "val") * 3
     samples = labelled_by(Path("teacher"), unlabelled)
     assert [sample.path for sample in samples] == [sample.path for sample in unlabelled]

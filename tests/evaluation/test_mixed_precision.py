@@ -119,7 +119,7 @@ def pretended(monkeypatch):
     monkeypatch.setattr(under_test, "calibrate", lambda *arguments: None)
     monkeypatch.setattr(under_test, "export_onnx", pretended.export)
     monkeypatch.setattr(under_test, "average_precision", pretended.average_precision)
-    monkeypatch.setattr(under_test, "load_detector", lambda path: path)
+    monkeypatch.setattr(under_test, "load_detector", lambda path, **_: path)
     monkeypatch.setattr(under_test, "benchmark", pretended.benchmark)
     return pretended
 
@@ -250,7 +250,7 @@ def test_a_real_file_holds_the_block_in_float(tiny_network, tiny_root, tmp_path,
     prepared = []
     monkeypatch.setattr(under_test, "export_onnx", lambda network, path: prepared.append(network) or path.touch())
     monkeypatch.setattr(under_test, "average_precision", lambda *arguments: 0.5)
-    monkeypatch.setattr(under_test, "load_detector", lambda path: path)
+    monkeypatch.setattr(under_test, "load_detector", lambda path, **_: path)
     monkeypatch.setattr(under_test, "benchmark", Pretended().benchmark)
     pictures = [torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(1)) * 255 - 110]
     meter = under_test._Meter(tiny_network, samples, pictures, QuantizationSettings(), tmp_path, 64, 1)
