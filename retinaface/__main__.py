@@ -233,7 +233,7 @@ def web(model: Path, out: Path = Path("web"), runtime: Path | None = None) -> No
 def benchmark(
     models: list[Path],
     runtime: tuple[Literal["onnxruntime", "openvino", "torch"], ...] = (),
-    size: tuple[int, ...] = (640,),
+    size: tuple[str, ...] = ("640",),
     batch: tuple[int, ...] = (1,),
     threads: tuple[int, ...] = (),
     warmup: int = 10,
@@ -253,7 +253,7 @@ def benchmark(
         models: ONNX files, and for torch checkpoints (.ckpt, .pth); the first is what the others are compared with.
         runtime: What runs them; by default each one that is installed and takes a file of their kind, and where
             OpenVINO does not run one, that is said.
-        size: Sides of the picture in pixels.
+        size: Sides of a square picture in pixels, or height and width such as 480x640.
         batch: Numbers of photos per call.
         threads: Numbers of threads to compute with; by default one per physical core that this process may use.
         warmup: Rounds before the timing starts.
@@ -269,11 +269,12 @@ def benchmark(
         benchmark_table,
         describe_failures,
         describe_fastest,
+        describe_input,
         describe_rounds,
         footprint_table,
     )
     from retinaface.evaluation.footprint import measure_footprints
-    from retinaface.evaluation.raw_call import Runtime, usable_runtimes
+    from retinaface.evaluation.raw_call import Runtime, height_and_width, usable_runtimes
     from retinaface.evaluation.visualize import plot_benchmark
 
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
@@ -281,20 +282,22 @@ def benchmark(
     runtimes, counts = runtime or usable_runtimes(models), threads or (physical_cores(),)
     optional: tuple[Runtime, ...] = () if runtime else ("openvino",)
     every = []
-    for side, photos, count in product(size, batch, counts):
-        every.append(time_in_turns(models, runtimes, side, count, warmup, rounds, photos, optional))
+    sizes = [int(each) if each.isdecimal() else _height_and_width(each) for each in size]
+    for one_size, photos, count in product(sizes, batch, counts):
+        every.append(time_in_turns(models, runtimes, one_size, count, warmup, rounds, photos, optional))
         _console.print(benchmark_table(every[-1]))
         for sentence in describe_failures(every[-1]) + describe_fastest(every[-1]):
             _console.print(sentence)
     ran = [entry for entry in every[0].entries if all(entry in each.entries for each in every)]
     entries = [(models[index], name) for index, name in ran]
+    largest = max(sizes, key=lambda each: math.prod(height_and_width(each)))
     failure = None
     try:
-        footprints = measure_footprints(entries, max(size), max(batch), max(counts))
+        footprints = measure_footprints(entries, largest, max(batch), max(counts))
     except InputError as error:  # the timings are not lost for it
         footprints, failure = [], error
     computing = f"{max(counts)} thread{'s' * (max(counts) > 1)}"
-    conditions = f"at {max(batch)}x3x{max(size)}x{max(size)} with {computing}, each in a fresh process"
+    conditions = f"at {describe_input(max(batch), largest)} with {computing}, each in a fresh process"
     if footprints:
         _console.print(footprint_table(footprints, f"File size, and peak memory {conditions}"))
     machine = machine_facts()
@@ -302,7 +305,7 @@ def benchmark(
         "timings": [asdict(timing) for each in every for timing in each.timings()],
         "fastest": [asdict(timing) for each in every for timing in each.fastest()],
         "failures": [asdict(failure) for each in every for failure in each.failures],
-        "footprints": [{**asdict(each), "size": max(size), "batch": max(batch)} for each in footprints],
+        "footprints": [{**asdict(each), "size": largest, "batch": max(batch)} for each in footprints],
     }
     _write_json(json, {"machine": machine, **figures})
     if markdown is not None:

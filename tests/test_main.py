@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 import sys
 from dataclasses import asdict
@@ -274,11 +275,11 @@ def test_evaluate_gives_the_same_for_checkpoint_and_export(checkpoint_files, onn
 
 def test_benchmark(onnx_file, checkpoint_files, tmp_path, capsys, monkeypatch):
     def pretend(entries, size, batch, threads):  # the real one starts processes, and has a test of its own
-        return [Footprint(str(model), runtime, 1000, size * batch * threads) for model, runtime in entries]
+        return [Footprint(str(model), runtime, 1000, math.prod(size) * batch * threads) for model, runtime in entries]
 
     monkeypatch.setattr("retinaface.evaluation.footprint.measure_footprints", pretend)
     models = [str(checkpoint_files["float"]), str(onnx_file)]
-    settings = ["--runtime", "onnxruntime", "torch", "--size", "32", "64", "--batch", "2", "--threads", "1"]
+    settings = ["--runtime", "onnxruntime", "torch", "--size", "64", "48x96", "--batch", "2", "--threads", "1"]
     files = {option: tmp_path / f"times.{option}" for option in ("json", "markdown", "png")}
     outputs = ["--json", str(files["json"]), "--markdown", str(files["markdown"]), "--plot", str(files["png"])]
     main(["benchmark", *models, *settings, "--warmup", "0", "--rounds", "3", *outputs])
@@ -287,17 +288,17 @@ def test_benchmark(onnx_file, checkpoint_files, tmp_path, capsys, monkeypatch):
     assert [(each["model"], each["runtime"]) for each in facts["timings"]] == pairs * 2
     assert [(each["model"], each["runtime"]) for each in facts["fastest"]] == pairs * 2
     assert [(each["size"], each["batch"], each["ratio"] == 1) for each in facts["timings"]] == [
-        (32, 2, True),
-        (32, 2, False),
         (64, 2, True),
         (64, 2, False),
+        ([48, 96], 2, True),
+        ([48, 96], 2, False),
     ]
-    assert [(each["peak_bytes"], each["size"]) for each in facts["footprints"]] == [(128, 64)] * 2
+    assert [(each["peak_bytes"], each["size"]) for each in facts["footprints"]] == [(9216, [48, 96])] * 2
     assert [(each["model"], each["runtime"]) for each in facts["footprints"]] == pairs
     assert facts["failures"] == []
     assert facts["machine"]["cores"] >= 1
     text = capsys.readouterr().out
-    assert "2x3x64x64, 1 thread" in text
+    assert "2x3x48x96, 1 thread" in text
     assert "Each in its fastest runtime" in text
     assert "peak memory MB" in files["markdown"].read_text()
     assert files["png"].stat().st_size > 5000

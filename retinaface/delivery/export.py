@@ -79,10 +79,10 @@ def export_onnx(
 ) -> None:
     """Writes a network as ONNX in opset 18, and checks the file.
 
-    Input is ``images``; what it holds and the outputs are by the settings: by default ``(B, 3, H, W)`` float32 BGR minus
-    the mean colour, as from :func:`retinaface.model.network.normalize`, any batch, height and width (33 pixels or more),
-    and ``class_logits``, ``box_deltas`` and ``landmark_deltas``. A fake-quantized network is written with INT8 weights
-    between QuantizeLinear and DequantizeLinear nodes.
+    Input is ``images``; what it holds and the outputs are by the settings: by default ``(B, 3, H, W)`` float32 BGR
+    minus the mean colour, as from :func:`retinaface.model.network.normalize`, any batch, height and width (33 pixels or
+    more), and ``class_logits``, ``box_deltas`` and ``landmark_deltas``. A fake-quantized network is written with INT8
+    weights between QuantizeLinear and DequantizeLinear nodes.
 
     The metadata entry ``retinaface_slim`` is a JSON object: project ``version``, ``licence`` of the project's code,
     ``opset``, ``form``, ``input`` (what to feed), ``size``, ``batch``, the ``network`` with its anchors and strides,
@@ -294,7 +294,9 @@ def _drop_defaults(graph: onnx.GraphProto) -> None:
     """Takes from convolutions what ONNX takes them to be where nothing is said."""
     for node in graph.node:
         if node.op_type == "Conv":
-            said = [each for each in node.attribute if onnx.helper.get_attribute_value(each) != _DEFAULTS.get(each.name)]
+            said = [
+                each for each in node.attribute if onnx.helper.get_attribute_value(each) != _DEFAULTS.get(each.name)
+            ]
             del node.attribute[:]
             node.attribute.extend(said)
 

@@ -20,7 +20,7 @@ from scipy.stats import quantile_test
 
 from retinaface.cpus import cpu_flags, cpu_name, physical_cores, usable_cpus
 from retinaface.errors import InputError
-from retinaface.evaluation.raw_call import RawCall, Runtime, fits, prepare
+from retinaface.evaluation.raw_call import RawCall, Runtime, Size, fits, height_and_width, prepare
 from retinaface.progress import with_progress
 
 # Two sessions of one file differ for as long as they live, by where their memory lies, which no number of rounds evens
@@ -38,7 +38,7 @@ class Timing:
 
     Attributes:
         model: the file.
-        size: side of the square input in pixels.
+        size: of the input in pixels: the side of a square, or height and width.
         batch: photos per call.
         threads: threads that the runtime computes with.
         rounds: calls timed.
@@ -56,7 +56,7 @@ class Timing:
     """
 
     model: str
-    size: int
+    size: Size
     batch: int
     threads: int
     rounds: int
@@ -95,7 +95,7 @@ class Rounds:
         models: the files.
         entries: who took turns: an index into ``models`` and a runtime each.
         milliseconds: ``(rounds, entries)``.
-        size: side of the square input in pixels.
+        size: of the input in pixels: the side of a square, or height and width.
         batch: photos per call.
         threads: threads that each runtime computed with.
         failures: who would have taken a turn, but does not run.
@@ -104,7 +104,7 @@ class Rounds:
     models: tuple[Path, ...]
     entries: tuple[tuple[int, Runtime], ...]
     milliseconds: NDArray[np.float64]
-    size: int
+    size: Size
     batch: int
     threads: int
     failures: tuple[Failure, ...] = ()
@@ -158,7 +158,7 @@ class Rounds:
 
 def benchmark(
     models: Sequence[Path],
-    size: int = 640,
+    size: Size = 640,
     threads: int | None = None,
     warmup: int = 10,
     rounds: int = 100,
@@ -186,7 +186,7 @@ def benchmark(
 def time_in_turns(
     models: Sequence[Path],
     runtimes: Sequence[Runtime],
-    size: int = 640,
+    size: Size = 640,
     threads: int | None = None,
     warmup: int = 10,
     rounds: int = 100,
@@ -201,7 +201,7 @@ def time_in_turns(
         models: ONNX files with one image input ``(batch, 3, height, width)`` of float32, float16 or uint8, and for
             torch checkpoints, which run with simulated INT8 if they are quantized.
         runtimes: what runs them, each with its own defaults.
-        size: height and width of the input in pixels.
+        size: of the input in pixels: the side of a square, or height and width.
         threads: threads to compute with, for torch those of the whole process; None takes every physical core that
             this process may use.
         warmup: rounds run before the timing starts.
@@ -220,7 +220,8 @@ def time_in_turns(
         raise InputError("benchmark: no model given; name a baseline and candidates to compare with it")
     threads = physical_cores() if threads is None else threads
     least = {"size": 1, "threads": 1, "warmup": 0, "rounds": 1, "batch": 1}
-    given = {"size": size, "threads": threads, "warmup": warmup, "rounds": rounds, "batch": batch}
+    side = min(height_and_width(size))
+    given = {"size": side, "threads": threads, "warmup": warmup, "rounds": rounds, "batch": batch}
     for name, value in given.items():
         if value < least[name]:
             raise InputError(f"benchmark: {name} must be at least {least[name]}, got {value}")

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from retinaface.evaluation.benchmark import SAME, Rounds, Timing
 from retinaface.evaluation.footprint import Footprint
-from retinaface.evaluation.raw_call import Runtime
+from retinaface.evaluation.raw_call import Runtime, Size, height_and_width
 
 RUNTIME_NAMES: Mapping[Runtime, str] = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "torch": "torch"}
 
@@ -36,7 +36,12 @@ def footprint_table(footprints: Sequence[Footprint], title: str) -> Table:
 def describe_rounds(rounds: Rounds) -> str:
     """Says what was run how often, such as ``1x3x640x640, 2 threads, 100 rounds``."""
     threads = f"{rounds.threads} thread{'s' * (rounds.threads > 1)}"
-    return f"{rounds.batch}x3x{rounds.size}x{rounds.size}, {threads}, {len(rounds.milliseconds)} rounds"
+    return f"{describe_input(rounds.batch, rounds.size)}, {threads}, {len(rounds.milliseconds)} rounds"
+
+
+def describe_input(batch: int, size: Size) -> str:
+    """Such as ``1x3x480x640``."""
+    return "x".join(map(str, (batch, 3, *height_and_width(size))))
 
 
 def describe_failures(rounds: Rounds) -> list[str]:
@@ -86,8 +91,8 @@ def benchmark_markdown(
         "",
         "Models and runtimes take turns, so that what disturbs one disturbs the others; raw outputs, without "
         "post-processing. Times are medians, ratios the medians over the rounds of the first row's time / this row's, "
-        f"both with their 10-90 % range. Faster or slower is what a 95 % interval tells from 1 and is {SAME:.0%} or more; all "
-        "else is noise.",
+        "both with their 10-90 % range. Faster or slower is what a 95 % interval tells from 1 and is "
+        f"{100 * SAME:.0f} % or more; all else is noise.",
     ]
     for rounds in every:
         lines += ["", f"## {describe_rounds(rounds)}", "", *_markdown(_TIMING_HEADINGS, _timing_rows(rounds))]

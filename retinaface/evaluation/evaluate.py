@@ -245,7 +245,6 @@ def detect_all(
 ) -> list[Detections]:
     """Runs a detector over photos, keeping all but the most hopeless detections, with a progress bar."""
 
-
     def look(sample: Sample) -> Detections:
         return detect_in_views(detector, sample.read(), protocol)
 

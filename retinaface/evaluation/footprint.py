@@ -11,7 +11,7 @@ from pathlib import Path
 
 from retinaface.cpus import physical_cores
 from retinaface.errors import InputError
-from retinaface.evaluation.raw_call import Runtime, prepare
+from retinaface.evaluation.raw_call import Runtime, Size, prepare
 from retinaface.progress import with_progress
 
 _CALLS = 3
@@ -35,7 +35,7 @@ class Footprint:
 
 
 def measure_footprints(
-    entries: Sequence[tuple[Path, Runtime]], size: int = 640, batch: int = 1, threads: int | None = None
+    entries: Sequence[tuple[Path, Runtime]], size: Size = 640, batch: int = 1, threads: int | None = None
 ) -> list[Footprint]:
     """Measures models in runtimes, each in a process of its own.
 
@@ -44,7 +44,7 @@ def measure_footprints(
 
     Args:
         entries: a file, as for :func:`retinaface.evaluation.benchmark.time_in_turns`, and what runs it.
-        size: height and width of the input in pixels.
+        size: of the input in pixels.
         batch: photos per call.
         threads: threads to compute with; None takes every physical core that this process may use.
 
@@ -72,7 +72,7 @@ def measure_footprints(
     return found
 
 
-def _peak_bytes(model: Path, runtime: Runtime, size: int, batch: int, threads: int) -> int:
+def _peak_bytes(model: Path, runtime: Runtime, size: Size, batch: int, threads: int) -> int:
     """Runs a model in this process, which must not have run any before."""
     if runtime == "openvino":  # the others are imported already
         importlib.import_module(runtime)

@@ -17,6 +17,9 @@ from retinaface.errors import InputError, one_line
 
 Runtime = Literal["onnxruntime", "openvino", "torch"]
 
+# Of a picture in pixels: the side of a square, or height and width.
+Size = int | tuple[int, int]
+
 # By the names of ONNX Runtime and of OpenVINO.
 _INPUT_TYPES = {
     "tensor(float)": np.float32,
@@ -52,6 +55,11 @@ class RawCall:
         return taken * 1000
 
 
+def height_and_width(size: Size) -> tuple[int, int]:
+    """Both sides of a picture."""
+    return (size, size) if isinstance(size, int) else size
+
+
 def fits(model: Path, runtime: Runtime) -> bool:
     """Whether a runtime takes files of this kind: torch .ckpt and .pth, the others .onnx."""
     return (model.suffix.lower() == ".onnx") != (runtime == "torch")
@@ -65,15 +73,15 @@ def usable_runtimes(models: Sequence[Path]) -> list[Runtime]:
     return [runtime for runtime in installed if any(fits(model, runtime) for model in models)]
 
 
-def prepare(model: Path, runtime: Runtime, size: int, batch: int, threads: int) -> RawCall:
+def prepare(model: Path, runtime: Runtime, size: Size, batch: int, threads: int) -> RawCall:
     """Opens a model, makes its input and runs it once.
 
     Args:
-        model: an ONNX file with one image input ``(batch, 3, height, width)`` of float32, float16 or uint8; for torch
-            a checkpoint or public weights.
+        model: an ONNX file with one image input ``(batch, 3, height, width)`` or ``(batch, height, width, 3)`` of
+            float32, float16 or uint8; for torch a checkpoint or public weights.
         runtime: what runs it, on the CPU and with its own defaults, which in OpenVINO on CPUs that can means bfloat16
             for float models.
-        size: height and width of the input in pixels.
+        size: of the input in pixels.
         batch: photos per call.
         threads: threads to compute with; for torch they are those of the whole process from now on.
 
@@ -89,13 +97,12 @@ def prepare(model: Path, runtime: Runtime, size: int, batch: int, threads: int) 
     if not fits(model, runtime):
         kind = "checkpoints (.ckpt) and public weights (.pth)" if runtime == "torch" else "ONNX files (.onnx)"
         raise InputError(f"{model}: {runtime} runs {kind} only; choose another runtime for it")
-    call = _OPEN[runtime](model, (batch, 3, size, size), threads)
+    shape = (batch, 3, *height_and_width(size))
+    call = _OPEN[runtime](model, shape, threads)
     try:
         call.run()
     except Exception as error:  # each runtime has exceptions of its own
-        raise InputError(
-            f"{model}: fails on an input of {[batch, 3, size, size]} in {runtime}: {one_line(error)[:160]}"
-        ) from None
+        raise InputError(f"{model}: fails on an input of {[*shape]} in {runtime}: {one_line(error)[:160]}") from None
     return call
 
 
@@ -159,6 +166,8 @@ def _make_input(model: Path, inputs: Sequence[_Input], shape: tuple[int, ...]) -
         found = ", ".join(f"{one.name} {one.type} {one.shape}" for one in inputs)
         raise InputError(f"{model}: expected one image input (batch, 3, height, width), found {found or 'none'}")
     (only,) = inputs
+    if only.shape[1] != 3 and only.shape[3] == 3:
+        shape = (shape[0], *shape[2:], 3)
     if any(isinstance(axis, int) and axis != wanted for axis, wanted in zip(only.shape, shape, strict=True)):
         raise InputError(
             f"{model}: takes inputs of {only.shape} only, not {list(shape)}; choose a matching size and batch"

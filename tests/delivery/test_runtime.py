@@ -182,7 +182,12 @@ def test_callers_at_once_get_what_they_get_one_after_the_other(detector):
 
 @pytest.mark.parametrize(
     ("options", "threads", "callers"),
-    [({}, 3, 1), ({"many": True}, 1, 3), ({"many": True, "threads": 2}, 2, 1), ({"many": True, "providers": ["CPU"]}, 3, 1)],
+    [
+        ({}, 3, 1),
+        ({"many": True}, 1, 3),
+        ({"many": True, "threads": 2}, 2, 1),
+        ({"many": True, "providers": ["CPU"]}, 3, 1),
+    ],
 )
 def test_many_pictures_are_shared_by_callers_with_a_thread_each(onnx_files, monkeypatch, options, threads, callers):
     opened = []
