@@ -1,7 +1,7 @@
 """Stops a training whose loss is no longer a number, while the weights still are."""
 
+import io
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,14 @@ import cv2
 import lightning as L
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from retinaface.errors import InputError
 from retinaface.evaluation.visualize import contact_sheet, draw_training_batch
+from retinaface.whole_file import whole_file
 
 Batch = dict[str, Any]
 
@@ -30,8 +31,9 @@ class NanGuard(L.Callback):
     ``weights_only=True``; and draws it in a ``.jpg`` beside it.
 
     It looks once per optimizer step, at the losses and the norm of the gradients together, so a GPU waits once; with
-    several processes a single number is exchanged. With ``16-mixed`` gradients may overflow, which the scaler deals
-    with; there only losses count.
+    several processes a single number is exchanged before. With ``16-mixed`` gradients may overflow, which the scaler
+    deals with; there only losses count. It puts itself behind all other callbacks, so that it sees what they do to the
+    gradients.
 
     Raises:
         InputError: A loss or a gradient is not finite; names the photos.
@@ -40,6 +42,12 @@ class NanGuard(L.Callback):
     def __init__(self) -> None:
         self._batch: Batch = {}
         self._seen: list[tuple[Batch, Tensor]] = []
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        # A new list: the trainer is going through the old one.
+        others = [each for each in trainer.callbacks if each is not self]  # type: ignore[attr-defined]
+        trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
 
     @override
     def on_train_batch_start(
@@ -57,16 +65,26 @@ class NanGuard(L.Callback):
         values = [loss for _, loss in seen]
         if getattr(trainer.precision_plugin, "scaler", None) is None:
             values.append(get_total_norm(p.grad for p in pl_module.parameters() if p.grad is not None))
-        finite = torch.stack(values).isfinite().tolist()
-        any_process = partial(trainer.strategy.reduce_boolean_decision, all=False)
-        if not any_process(not all(finite)):
+        finite = torch.stack(values).isfinite()
+        if not _in_any_process(~finite.all()):
             return
-        wrong = [batch for (batch, _), fine in zip(seen, finite, strict=False) if not fine]
+        wrong = [batch for (batch, _), fine in zip(seen, finite.tolist(), strict=False) if not fine]
         # Gradients are averaged over the processes, so what one loss spoils is NaN in all.
-        if any_process(bool(wrong)) and not wrong:
+        if _in_any_process(torch.tensor(bool(wrong), device=finite.device)) and not wrong:
             raise InputError(f"training: {_when(trainer)} the loss of another process is not finite; see its message")
         what = "loss is" if wrong else "gradients are"
         raise InputError(_stop(trainer, what, wrong or [batch for batch, _ in seen]))
+
+
+def _in_any_process(answer: Tensor) -> bool:
+    """Whether any process answers yes, which all must ask; waits for the device, once.
+
+    The trainer's own way would have all processes wait for each other before.
+    """
+    count = answer.int()
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(count)
+    return bool(count)
 
 
 def _stop(trainer: L.Trainer, what: str, batches: Sequence[Batch]) -> str:
@@ -76,22 +94,34 @@ def _stop(trainer: L.Trainer, what: str, batches: Sequence[Batch]) -> str:
     losses = {name: value for name, value in logged.items() if "/" in name and not name.startswith("val/")}
     place = {"epoch": trainer.current_epoch, "step": trainer.global_step, "rank": trainer.global_rank}
     file = Path(trainer.default_root_dir) / f"non_finite_batch_rank{trainer.global_rank}.pt"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({**batch, **place, "losses": losses}, file)
+    try:
+        _write(batch, {**place, "losses": losses}, file)
+        look = f"Look at {file.with_suffix('.jpg')} (and {file.name}, the batch itself)"
+    except OSError as error:
+        look = f"The batch could not be saved ({file}: {error.strerror or error}), so look at these photos"
+    photos = ", ".join(name for each in batches for name in each["names"])
+    parts = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+    return (
+        f"training: {_when(trainer)} the {what} not finite ({parts}) with the photos {photos}; the step was not taken. "
+        f"{look}; if nothing is wrong there, start again with a lower model.init_args.optimizer.learning_rate or "
+        "trainer.gradient_clip_val (with compress.py: in another --out)"
+    )
+
+
+def _write(batch: Batch, more: dict[str, Any], file: Path) -> None:
+    """Writes a batch, and a picture of it beside; raises an OSError where either cannot be written."""
+    content = io.BytesIO()  # on a full disk torch.save itself would raise something else
+    torch.save({**batch, **more}, content)
     drawable = {
         key: value.nan_to_num(0, 0, 0) if value.is_floating_point() else value
         for key, value in batch.items()
         if isinstance(value, Tensor)
     }
-    cv2.imwrite(str(file.with_suffix(".jpg")), contact_sheet(draw_training_batch(drawable)))
-    photos = ", ".join(name for each in batches for name in each["names"])
-    parts = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-    return (
-        f"training: {_when(trainer)} the {what} not finite ({parts}) with the photos {photos}; the step was not taken. "
-        f"Look at {file.with_suffix('.jpg')} (and {file.name}, the batch itself); if nothing "
-        "is wrong with it, start again with a lower model.init_args.optimizer.learning_rate or "
-        "trainer.gradient_clip_val (with compress.py: in another --out)"
-    )
+    _, picture = cv2.imencode(".jpg", contact_sheet(draw_training_batch(drawable)))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for path, written in ((file, content.getbuffer()), (file.with_suffix(".jpg"), picture.data)):
+        with whole_file(path) as part:
+            part.write_bytes(written)
 
 
 def _when(trainer: L.Trainer) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import lightning as L
 import numpy as np
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 from typing_extensions import override
@@ -19,6 +20,7 @@ from callbacks.first_process import decided_by_first_process
 from callbacks.image_logging import send_picture
 from lightning_modules import RetinaFaceModule
 from retinaface.compression.channel_groups import Gradients, Importance, loss_gradients
+from retinaface.compression.decision import digest, kept_decision
 from retinaface.compression.pruning import Plan, PruningSettings, PruningTarget, Ranking, apply_plan, make_plan
 from retinaface.errors import InputError
 from retinaface.evaluation.benchmark import Timing
@@ -27,6 +29,9 @@ from retinaface.evaluation.speedup import speedup_meter
 from retinaface.evaluation.visualize import plot_kept_channels
 from retinaface.model.network import RetinaFace, normalize
 from retinaface.progress import with_progress
+
+# What goes, the buffers of what is left, and how fast that is.
+Decision = tuple[Plan, dict[str, Tensor], dict[str, float]]
 
 
 class ChannelPruning(L.Callback):
@@ -40,7 +45,9 @@ class ChannelPruning(L.Callback):
     parameters, MACs and milliseconds before and after.
 
     With several processes the others wait for the first one. A search for a speed took 4 to 5 minutes on 2 cores: up to
-    40 timings of ten seconds and as many exports.
+    40 timings of ten seconds and as many exports. What such a search, or ``importance: taylor``, has found is written
+    to ``pruning.pt`` in the trainer's root folder at once, with the batch norms' statistics: a fit that is killed
+    before its first checkpoint and begins anew there, with the same settings and student, removes the same.
 
     Args:
         ratio: Share of the channels of every layer to remove, 0 to 1; without a ``target`` 0.4.
@@ -67,7 +74,8 @@ class ChannelPruning(L.Callback):
 
     Raises:
         InputError: A setting is out of range; when a fit begins, a setting names an unknown module, the target cannot
-            be reached, the network is quantized already, or the fit goes on from a checkpoint that was not pruned.
+            be reached, the network is quantized already, the fit goes on from a checkpoint that was not pruned, or what
+            was found cannot be written.
     """
 
     def __init__(
@@ -126,10 +134,15 @@ class ChannelPruning(L.Callback):
         self._plans_before = len(pl_module.structure.plans)
         if trainer.ckpt_path is not None:
             return  # the checkpoint brings plan and weights
-        plan, statistics = decided_by_first_process(trainer, lambda: self._decide(trainer, pl_module))
+        with isolate_rng(include_cuda=False):  # what follows must not depend on when it was decided
+            decision = decided_by_first_process(trainer, lambda: self._decide_once(trainer, pl_module))
+        plan, statistics, timings = decision
+        before = deepcopy(network)
         apply_plan(network, plan)
         network.load_state_dict(statistics, strict=False)
         pl_module.structure.plans.append(plan)
+        if trainer.is_global_zero:
+            self._change = Change(compare(before, network, self.size), timings)
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -143,8 +156,27 @@ class ChannelPruning(L.Callback):
         if self._change is not None and trainer.ckpt_path is None:
             self._publish(trainer, self._change)
 
-    def _decide(self, trainer: L.Trainer, module: RetinaFaceModule) -> tuple[Plan, dict[str, Tensor]]:
-        """Chooses what goes, and estimates the batch norms' statistics of what is left."""
+    def _decide_once(self, trainer: L.Trainer, module: RetinaFaceModule) -> Decision:
+        """As :meth:`_decide`, but what takes minutes, or rests on timings, is kept in a file."""
+        target, importance = self.settings.target, self.settings.importance
+        takes_minutes = importance == "taylor" or (target is not None and target.speedup is not None)
+        if not takes_minutes or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return self._decide(trainer, module)
+        made_for = {
+            "settings": asdict(self.settings),
+            "recalibrate": self.recalibrate,
+            "taylor_batches": self.taylor_batches,
+            "measure_speed": self.measure_speed,
+            "size": self.size,
+            "threads": self.threads,
+            "structure": module.structure.to_plain(),
+            "student": digest(module.network),
+        }
+        file = Path(trainer.default_root_dir) / "pruning.pt"
+        return kept_decision(file, made_for, lambda: self._decide(trainer, module), rank_zero_info)
+
+    def _decide(self, trainer: L.Trainer, module: RetinaFaceModule) -> Decision:
+        """Chooses what goes, times what is left, and estimates its batch norms' statistics."""
         network = module.network
         assert isinstance(network, RetinaFace)
         gradients = self._gradients(trainer, module) if self.settings.importance == "taylor" else None
@@ -159,13 +191,12 @@ class ChannelPruning(L.Callback):
             plan = make_plan(network, self.settings, gradients, speedup, self.size)
             apply_plan(pruned, plan)
             timed = self.measure_speed and not trainer.fast_dev_run  # type: ignore[attr-defined]
-            timings = measure(pruned) if timed else None
-        self._change = Change(compare(network, pruned, self.size), timings)
+            timings = _figures(*measure(pruned)) if timed else {}
         if self.recalibrate:
             device = trainer.strategy.root_device
             batches = self._batches(trainer, self.recalibrate, "estimating batch statistics")
             update_bn((normalize(batch["images"]) for batch in batches), pruned.to(device))
-        return plan, {name: value.cpu() for name, value in pruned.named_buffers()}
+        return plan, {name: value.cpu() for name, value in pruned.named_buffers()}, timings
 
     def _gradients(self, trainer: L.Trainer, module: RetinaFaceModule) -> Gradients:
         """Gradients of the loss against the labels, over the first batches of the first epoch."""
@@ -207,27 +238,28 @@ class ChannelPruning(L.Callback):
         send_picture(trainer, np.asarray(cv2.imread(str(chart)), np.uint8), "pruning/kept_channels")
 
 
+def _figures(before: Timing, after: Timing) -> dict[str, float]:
+    return {"ms_before": float(before.median_ms), "ms": float(after.median_ms), "speedup": float(after.ratio)}
+
+
 @dataclass(frozen=True)
 class Change:
     """What pruning made of a network.
 
     Attributes:
         description: What is left, layer by layer.
-        timings: Of the network before and after; None where it was not timed.
+        timings: Milliseconds before and after, and how many times as fast it is; empty where it was not timed.
     """
 
     description: Description
-    timings: tuple[Timing, Timing] | None
+    timings: Mapping[str, float]
 
     def figures(self) -> dict[str, float]:
         """What changed, before and after."""
-        found: dict[str, float] = {
+        return {
             "params_before": self.description.params_before,
             "params": self.description.params,
             "macs_before": self.description.macs_before,
             "macs": self.description.macs,
+            **self.timings,
         }
-        if self.timings is not None:
-            before, after = self.timings
-            found |= {"ms_before": before.median_ms, "ms": after.median_ms, "speedup": after.ratio}
-        return found

@@ -1,16 +1,19 @@
 """Trains the student with the rounding of INT8."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Literal
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from callbacks.first_process import decided_by_first_process
 from lightning_modules import RetinaFaceModule
 from retinaface.compression.calibration import CalibrationPictures
+from retinaface.compression.decision import digest, kept_decision
 from retinaface.compression.quantization import (
     FakeQuantizedRetinaFace,
     QuantizationSettings,
@@ -57,12 +60,15 @@ def training_samples(trainer: L.Trainer, otherwise: str) -> Sequence[Sample]:
 class QuantizationAwareTraining(L.Callback):
     """Inserts fake-quantization when a fit begins, and lets ranges and batch statistics settle before it ends.
 
-    It acts in ``setup``, like :class:`callbacks.ChannelPruning` and for the same reasons.
+    It acts in ``setup``, like :class:`callbacks.ChannelPruning` and for the same reasons. The student computes in
+    float32, whose rounding is that of INT8, also with the trainer's ``precision: bf16-mixed``: that reaches the teacher
+    alone.
 
     With ``keep_float: auto`` it measures what stays in float, on training photos and this machine's CPU; see
     :func:`retinaface.evaluation.mixed_precision.choose_keep_float`. That takes some 40 exports and evaluations, a
-    quarter of an hour or more, for which other processes wait. A ``fast_dev_run`` measures nothing and leaves
-    nothing in float.
+    quarter of an hour or more, for which other processes wait. What it has chosen is written to ``keep_float.pt`` in
+    the trainer's root folder at once: a fit that is killed before its first checkpoint and begins anew there, with the
+    same settings and student, keeps to it. A ``fast_dev_run`` measures nothing and leaves nothing in float.
 
     Args:
         keep_float: Modules, with all below them, that stay in float, such as ``backbone.stage1`` or ``class_heads``; or
@@ -82,7 +88,7 @@ class QuantizationAwareTraining(L.Callback):
     Raises:
         InputError: A number is out of range; when a fit begins, ``keep_float`` names an unknown module, the network is
             quantized already, or the fit goes on from a checkpoint that was not prepared for INT8; ``auto`` finds no
-            data module, or nothing that meets the budget.
+            data module, or nothing that meets the budget, or what it has chosen cannot be written.
     """
 
     def __init__(
@@ -130,10 +136,27 @@ class QuantizationAwareTraining(L.Callback):
         settings = self.settings
         # Where the fit goes on from a checkpoint, that says what stays in float.
         if self.chooses and trainer.ckpt_path is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            chosen = decided_by_first_process(trainer, lambda: self._choose(trainer, network))
+            with isolate_rng(include_cuda=False):  # what follows must not depend on when it was chosen
+                chosen = decided_by_first_process(trainer, lambda: self._choose_once(trainer, pl_module))
             settings = replace(settings, keep_float=chosen)
         pl_module.network = prepare_for_training(network, settings)
         pl_module.structure.quantization = settings
+
+    def _choose_once(self, trainer: L.Trainer, module: RetinaFaceModule) -> tuple[str, ...]:
+        """As :meth:`_choose`, kept in a file."""
+        network = module.network
+        assert isinstance(network, RetinaFace)
+        made_for = {
+            "settings": asdict(self.settings),
+            "ap_budget": self.ap_budget,
+            "choose_photos": self.choose_photos,
+            "size": self.size,
+            "threads": self.threads,
+            "structure": module.structure.to_plain(),
+            "student": digest(network),
+        }
+        file = Path(trainer.default_root_dir) / "keep_float.pt"
+        return kept_decision(file, made_for, lambda: self._choose(trainer, network), rank_zero_info)
 
     def _choose(self, trainer: L.Trainer, network: RetinaFace) -> tuple[str, ...]:
         samples = training_samples(

@@ -23,7 +23,8 @@ class SparsityRegularization(L.Callback):
 
     ``group_lasso`` pulls every channel towards zero, the weakest of a group 16 times as strongly as the strongest
     (arXiv:2301.12900, section 3.4). ``growing`` pulls all alike at first, and harder after every epoch, the weaker a
-    channel the more (arXiv:2012.09243). What can only be removed together is pulled together.
+    channel the more (arXiv:2012.09243). What can only be removed together is pulled together. Where all channels of a
+    group matter alike, ``group_lasso`` leaves them alone.
 
     Every process adds the same to gradients that are the same already, so they stay in step. The weight decay of AdamW
     does not see these gradients; the gradient clipping does.
@@ -72,16 +73,15 @@ class SparsityRegularization(L.Callback):
                 self._pruner.group_reg = dict(zip(self._pruner.group_reg, self._restored["strengths"], strict=True))
 
     def _make_pruner(self, network: RetinaFace, device: torch.device) -> Any:  # noqa: ANN401
-        example, importance = example_input().to(device), tp.importance.MagnitudeImportance(p=2)
+        example = example_input().to(device)
         kept = [network.get_submodule(name) for name in modules_below(network, self.keep, "sparsity: keep")]
         ignored = [*heads(network), *kept]
         if self.method == "group_lasso":
-            lasso = tp.pruner.GroupNormPruner(network, example, importance, reg=self.strength, ignored_layers=ignored)
-            # A single channel is the strongest and the weakest of its group: 0 / 0, which ends in NaN.
-            lasso._groups = [group for group in lasso._groups if len(group[0].idxs) > 1]
-            return lasso
+            return tp.pruner.GroupNormPruner(
+                network, example, _scores_that_differ, reg=self.strength, ignored_layers=ignored
+            )
         return tp.pruner.GrowingRegPruner(
-            network, example, importance, reg=self.strength, delta_reg=self.strength, ignored_layers=ignored
+            network, example, _scores, reg=self.strength, delta_reg=self.strength, ignored_layers=ignored
         )
 
     def _grown(self) -> list[Tensor]:
@@ -104,3 +104,19 @@ class SparsityRegularization(L.Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict
+
+
+def _scores(group: tp.Group) -> Tensor:
+    """How much each channel of a group matters, ``(C,)``, 1 on average; 0 where all weights are, as none does."""
+    scores: Tensor = tp.importance.MagnitudeImportance(p=2)(group)
+    return scores.nan_to_num(0.0)
+
+
+def _scores_that_differ(group: tp.Group) -> Tensor:
+    """As :func:`_scores`, but NaN where none is the weakest: such groups Torch-Pruning leaves alone.
+
+    It divides by the difference between the strongest and the weakest, of their square roots.
+    """
+    scores = _scores(group)
+    weakest, strongest = scores.aminmax()
+    return torch.where(weakest.sqrt() < strongest.sqrt(), scores, torch.nan)

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_modules.detection import LossSettings, OptimizerSettings, RetinaFaceModule, require_same
+from lightning_modules.detection import (
+    LossSettings,
+    OptimizerSettings,
+    RetinaFaceModule,
+    rate_factors,
+    require_same,
+)
 from retinaface.compression.distillation import DistillationSettings, distillation_losses
 from retinaface.compression.features import FeatureTap, feature_widths, make_adapters
 from retinaface.compression.structure import Network, load_network
@@ -23,7 +29,8 @@ class CompressionModule(RetinaFaceModule):
     What makes the student small is done by callbacks: ``callbacks.ChannelPruning``, then, in a stage of its own,
     ``callbacks.QuantizationAwareTraining``. The teacher is not in the checkpoint. ``adapters``, which bring the
     student's features to the teacher's widths where features are distilled, are trained and in the checkpoint, but no
-    part of the student: whatever reads a checkpoint for its network leaves them.
+    part of the student: whatever reads a checkpoint for its network leaves them. Where no loss reaches a part of the
+    student (``DistillationSettings.untaught``), its parameters rest.
 
     Args:
         student: Checkpoint that the student starts from (.ckpt or .pth). Needed to train; a checkpoint of this module
@@ -109,6 +116,10 @@ class CompressionModule(RetinaFaceModule):
     def configure_model(self) -> None:
         """Makes the adapters when a fit begins: callbacks have given the student its shape in their ``setup``."""
         super().configure_model()
+        if self.teacher is not None:
+            # Every process has read it from its file, and it never changes: nothing to send to the others, in any step.
+            named = [*self.teacher.named_parameters(), *self.teacher.named_buffers()]
+            self._ddp_params_and_buffers_to_ignore = [f"teacher.{name}" for name, _ in named]
         if self._fits and self._teaches_features and self._teacher_tap is None:
             assert self.teacher is not None
             self._make_adapters()
@@ -121,6 +132,14 @@ class CompressionModule(RetinaFaceModule):
     @property
     def _teaches_features(self) -> bool:
         return self._teaches and self.distillation.features > 0
+
+    @override
+    def _leave_out_gradients(self) -> None:
+        super()._leave_out_gradients()
+        if self._fits and self._teaches:
+            # They would have no gradients, which several processes take for a mistake.
+            for parameter in rate_factors(self.network, dict.fromkeys(self.distillation.untaught, 0.0)):
+                parameter.requires_grad_(False)
 
     def _make_adapters(self) -> None:
         assert self.teacher is not None

@@ -116,7 +116,8 @@ class RetinaFaceModule(L.LightningModule):
     Raises:
         InputError: The weights cannot be read, or are those of another network than ``network``; ``keep_leaky_relu``
             is given without an ``activation`` of ``relu``, or names what is not there; when a fit begins, the
-            network is to be compiled and is fake-quantized, or batch norms are to be synchronised without GPUs.
+            network is to be compiled and is fake-quantized, batch norms are to be synchronised without GPUs, or the
+            trainer's precision would have the weights in another type than float32.
     """
 
     def __init__(
@@ -176,6 +177,11 @@ class RetinaFaceModule(L.LightningModule):
     @override
     def on_fit_start(self) -> None:
         """Compiles the network as callbacks have made it in their ``setup``, or a checkpoint; lets statistics rest."""
+        if next(self.network.parameters()).dtype != torch.float32:
+            raise InputError(
+                f"trainer: with precision {self.trainer.precision} weights are not float32, which they must be here; "
+                "set 32-true or bf16-mixed"
+            )
         if getattr(self.trainer.strategy, "_layer_sync", None) is not None:
             self._check_sync_batchnorm()
         if self.compile_network and isinstance(self.network, FakeQuantizedRetinaFace):
@@ -265,6 +271,16 @@ class RetinaFaceModule(L.LightningModule):
         values = {f"{name}/{part}": value.detach() for part, value in parts.items()}
         self.log_dict(values, batch_size=batch_size)
         self.log(f"{name}/loss", total.detach(), prog_bar=True, batch_size=batch_size)
+
+    @override
+    def on_validation_start(self) -> None:
+        # Photos come in sizes of their own, for each of which cuDNN would try all of its ways anew.
+        self._cudnn_tries = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = False
+
+    @override
+    def on_validation_end(self) -> None:
+        torch.backends.cudnn.benchmark = self._cudnn_tries
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Feeds the WIDER FACE metric with what :meth:`predict_step` finds."""

@@ -36,9 +36,7 @@ _NOISE = 1e-4
 class DistillationSettings:
     """What the teacher teaches, and how much that counts.
 
-    With several processes every parameter of the student must have a gradient. A ``weight`` of 1 without one of
-    ``logits``, ``boxes`` and ``landmarks`` leaves a head without: it needs the strategy
-    ``ddp_find_unused_parameters_true``.
+    With a ``weight`` of 1 some modules may learn nothing, see :attr:`untaught`.
 
     Attributes:
         weight: Share of the distillation loss, 0 to 1; the labels have the rest. At 1 no labels are needed, and the
@@ -101,6 +99,18 @@ class DistillationSettings:
             raise InputError(
                 "distillation: logits, boxes, landmarks and features are all 0; expected one above 0, or a weight of 0"
             )
+
+    @property
+    def untaught(self) -> list[str]:
+        """Modules of the student that no loss reaches.
+
+        These are heads without a part and, where nothing but the pyramid's features is learnt, all between it and them.
+        """
+        if self.weight < 1:
+            return []  # the labels reach everything
+        heads = {"class_heads": self.logits, "box_heads": self.boxes, "landmark_heads": self.landmarks}
+        untaught = [name for name, weight in heads.items() if not weight]
+        return [*untaught, "ssh"] if len(untaught) == len(heads) and self.feature_levels == "fpn" else untaught
 
 
 def distillation_losses(

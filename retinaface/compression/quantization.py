@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import get_args
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,9 @@ class FakeQuantizedRetinaFace(nn.Module):
     In training mode batch norms use and update batch statistics and the ranges of activations follow the data; in
     evaluation mode, or once they are frozen, they stand still. The ranges of the weights always follow them.
 
+    It computes in float32, whatever autocast says around it: bfloat16 has 8 bits, too few for 255 times any scale, so
+    convolutions in it would see inputs and weights that INT8 does not have.
+
     An exported graph cannot be switched with ``train()`` and ``eval()``, and Lightning sets the ``training`` attribute
     without calling them. So the graph is brought into the module's mode when it is next run.
 
@@ -102,11 +106,12 @@ class FakeQuantizedRetinaFace(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Outputs:
-        """As :meth:`retinaface.model.network.RetinaFace.forward`."""
+        """As :meth:`retinaface.model.network.RetinaFace.forward`, in float32."""
         mode = (self.training and not self.statistics_frozen, self.training and not self.ranges_frozen)
         if mode != self._mode:
             self._switch(*mode)
-        outputs: Outputs = self.graph(images)
+        with torch.autocast(images.device.type, enabled=False):
+            outputs: Outputs = self.graph(images.float())
         return outputs
 
     def _switch(self, live_statistics: bool, live_ranges: bool) -> None:
@@ -166,7 +171,10 @@ def prepare_for_training(network: RetinaFace, settings: QuantizationSettings) ->
     _free_convolutions(graph)
     _part_float_convolutions(graph, keep_float)
     quantizer = BackendQuantizer(settings.backend, keep_float, settings.averaging, settings.weight_bits)
-    prepared = prepare_qat_pt2e(graph, quantizer)
+    # Where there is a GPU, torchao looks for its patterns as traced on that as well: in twice the time, with memory of the
+    # first GPU taken by every process. They are the same, and the graph is on the CPU.
+    with patch("torch.cuda.is_available", return_value=False):
+        prepared = prepare_qat_pt2e(graph, quantizer)
     return FakeQuantizedRetinaFace(prepared, network, settings).train(network.training)
 
 

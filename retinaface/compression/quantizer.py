@@ -92,11 +92,6 @@ class ActivationFakeQuantize(FusedMovingAvgObsFakeQuantize):
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
 
-    def forward(self, X: Tensor) -> Tensor:
-        """Keeps shape and type; rounds in float32, also where autocast computes in bfloat16."""
-        rounded: Tensor = super().forward(X.float())
-        return rounded.to(X.dtype)
-
 
 class SymmetricActivationFakeQuantize(ActivationFakeQuantize):
     """As the base class, with a zero point of 0.
@@ -117,15 +112,14 @@ class SymmetricActivationFakeQuantize(ActivationFakeQuantize):
         self._rounds = enabled
 
     def forward(self, X: Tensor) -> Tensor:
-        """Keeps shape and type; rounds in float32, also where autocast computes in bfloat16."""
+        """Keeps the shape; gradients pass straight through."""
         if self._observes:
-            self._observe(X.detach().float())
+            self._observe(X.detach())
         if not self._rounds:
             return X
-        rounded = torch.fake_quantize_per_tensor_affine(
-            X.float(), self.scale, self.zero_point.int(), self.quant_min, self.quant_max
+        return torch.fake_quantize_per_tensor_affine(
+            X, self.scale, self.zero_point.int(), self.quant_min, self.quant_max
         )
-        return rounded.to(X.dtype)
 
     def _observe(self, values: Tensor) -> None:
         observer = self.activation_post_process
@@ -175,13 +169,13 @@ class PerChannelFakeQuantize(FakeQuantizeBase):
         """Keeps the shape; gradients pass straight through."""
         if not self.rounds:
             return weight
-        channels_first = weight.detach().float().transpose(0, self.ch_axis).flatten(1)
+        channels_first = weight.detach().transpose(0, self.ch_axis).flatten(1)
         scale = channels_first.abs().amax(dim=1) / self.quant_max
         self.scale = scale.clamp(min=torch.finfo(torch.float32).eps)
         return torch.fake_quantize_per_channel_affine(
             weight,
             self.scale,
-            torch.zeros_like(self.scale, dtype=torch.int32),
+            torch.zeros_like(self.scale),  # integers would be checked against the limits, which waits for the device
             self.ch_axis,
             self.quant_min,
             self.quant_max,

@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from callbacks import NanGuard
 from datamodules import WiderFaceDataModule
@@ -14,6 +14,15 @@ from lightning_modules import RetinaFaceModule
 from retinaface.errors import InputError
 
 SPOIL = "--trainer.callbacks+=stage_process.SpoilLandmarks"
+
+
+class SpoilBeforeStep(L.Callback):
+    """Makes a gradient infinite in the hook that the guard looks in, as a regularisation might."""
+
+    names = ()
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        pl_module.network.class_heads[0].bias.grad.fill_(torch.inf)
 
 
 class Spoil(L.Callback):
@@ -35,7 +44,7 @@ class Spoil(L.Callback):
             pl_module.network.class_heads[0].bias.grad.fill_(torch.inf)
 
 
-def fit(spoil: Spoil, tiny_root: Path, tiny_checkpoint: Path, folder: Path, **options) -> RetinaFaceModule:
+def fit(spoil: L.Callback, tiny_root: Path, tiny_checkpoint: Path, folder: Path, **options) -> RetinaFaceModule:
     module = RetinaFaceModule(weights=str(tiny_checkpoint))
     trainer = L.Trainer(
         accelerator="cpu",
@@ -128,37 +137,85 @@ def test_is_on_by_default_and_ends_a_run_with_one_line(
     assert not list((tmp_path / "checkpoints").glob("*.ckpt"))
 
 
-def test_another_process_says_whose_loss_it_was(tmp_path):
-    """What a process does whose own loss is fine: the gradients, which are averaged, are not."""
-    decisions = []
+def test_what_other_callbacks_add_to_the_gradients_counts(tiny_root, tiny_checkpoint, tmp_path):
+    with pytest.raises(InputError, match=r"step 0, the gradients are not finite"):
+        fit(SpoilBeforeStep(), tiny_root, tiny_checkpoint, tmp_path)
 
-    def reduce(decision, all):
-        decisions.append(decision)
+
+def test_photos_are_named_where_the_batch_cannot_be_saved(tiny_root, tiny_checkpoint, tmp_path):
+    spoil = Spoil(batch=1)
+    (tmp_path / "non_finite_batch_rank0.pt").mkdir()
+    with pytest.raises(InputError, match=r"The batch could not be saved \(.*rank0\.pt: ") as error:
+        fit(spoil, tiny_root, tiny_checkpoint, tmp_path)
+    assert "the loss is not finite (train/" in str(error.value)
+    assert f"with the photos {', '.join(spoil.names[0])};" in str(error.value)
+    assert "Look at" not in str(error.value)
+
+
+class OtherProcess:
+    """Stands for ``torch.distributed`` with another process, which answers every question alike."""
+
+    def __init__(self, answer: int):
+        self.answer, self.asked = answer, []
+
+    def is_available(self):
         return True
 
-    trainer = SimpleNamespace(
-        strategy=SimpleNamespace(reduce_boolean_decision=reduce),
-        precision_plugin=None,
-        current_epoch=2,
-        global_step=7,
-        default_root_dir=tmp_path,
-    )
+    def is_initialized(self):
+        return True
+
+    def all_reduce(self, count):
+        self.asked.append(int(count))
+        count += self.answer
+
+
+class CountWaits(TorchDispatchMode):
+    """Notes where Python asks for a value, for which a device would have to finish."""
+
+    def __init__(self, waits: list[str]):
+        super().__init__()
+        self.waits = waits
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket._qualified_op_name
+        if name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"):
+            self.waits.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def ask(gradient: float, trainer) -> None:
+    """Looks at a loss that is fine, and at a gradient."""
     guard, module = NanGuard(), torch.nn.Linear(1, 1)
-    module.weight.grad = torch.full_like(module.weight, torch.nan)
+    module.weight.grad = torch.full_like(module.weight, gradient)
     guard.on_train_batch_start(trainer, module, {"names": ["a"]}, 0)
     guard.on_before_backward(trainer, module, torch.tensor(1.0))
+    guard.on_before_optimizer_step(trainer, module, None)
+
+
+def test_another_process_says_whose_loss_it_was(tmp_path, monkeypatch):
+    """What a process does whose own loss is fine: the gradients, which are averaged, are not."""
+    monkeypatch.setattr("callbacks.nan_guard.distributed", other := OtherProcess(1))
+    trainer = SimpleNamespace(precision_plugin=None, current_epoch=2, global_step=7, default_root_dir=tmp_path)
     with pytest.raises(InputError, match="epoch 2, step 7, the loss of another process"):
-        guard.on_before_optimizer_step(trainer, module, None)
-    assert decisions == [True, False]
+        ask(torch.nan, trainer)
+    assert other.asked == [1, 0]
     assert not list(tmp_path.iterdir())
 
 
+def test_processes_exchange_one_number_where_all_is_well_and_wait_once(monkeypatch):
+    other, waits = OtherProcess(0), []
+    monkeypatch.setattr("callbacks.nan_guard.distributed", other)
+    monkeypatch.setattr(other, "all_reduce", lambda count: other.asked.append(count))
+    with CountWaits(waits):
+        ask(1.0, SimpleNamespace(precision_plugin=None))
+    assert len(other.asked) == 1
+    assert other.asked[0].dim() == 0
+    assert waits == ["aten::_local_scalar_dense"]
+
+
 def test_overflowing_gradients_are_left_to_the_scaler():
-    trainer = SimpleNamespace(strategy=SingleDeviceStrategy(), precision_plugin=SimpleNamespace(scaler=object()))
-    guard, module = NanGuard(), torch.nn.Linear(1, 1)
-    module.weight.grad = torch.full_like(module.weight, torch.inf)
-    guard.on_before_backward(trainer, module, torch.tensor(1.0))
-    guard.on_before_optimizer_step(trainer, module, None)
+    trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=object()))
+    ask(torch.inf, trainer)
 
 
 @pytest.mark.slow

@@ -84,6 +84,68 @@ def test_a_fit_that_finds_no_last_checkpoint_prunes(pruned_run, tmp_path, run_st
     assert (tmp_path / "kept_channels.png").exists()
 
 
+def test_a_decision_outlives_a_fit_that_was_killed_before_its_first_checkpoint(
+    pruned_run, tmp_path, run_stage, monkeypatch, without_export
+):
+    """All is as in the uninterrupted fit, the adapters' weights, which are drawn after the decision, included."""
+    options = ["--model.init_args.distillation.features=1.0", "--trainer.max_epochs=1"]
+    options += [f"--trainer.callbacks.init_args.{option}" for option in ("importance=taylor", "recalibrate=20")]
+    states = []
+    for folder in ("uninterrupted", "killed"):
+        run_stage([*pruned_run.arguments, *options], tmp_path / folder)
+        states.append(torch.load(tmp_path / folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+        with next((tmp_path / folder).rglob("metrics.csv")).open() as file:
+            assert next(csv.DictReader(file))["pruning/speedup"] == "2.0"
+        assert (tmp_path / folder / "kept_channels.png").exists()
+        if folder == "uninterrupted":
+            (tmp_path / "killed").mkdir()
+            shutil.copy(tmp_path / folder / "pruning.pt", tmp_path / "killed")
+            monkeypatch.setattr("callbacks.pruning.make_plan", None)
+            monkeypatch.setattr("callbacks.pruning.update_bn", None)
+    assert any(name.startswith("adapters.") for name in states[0])
+    assert not [name for name, value in states[0].items() if not torch.equal(value, states[1][name])]
+
+
+@pytest.mark.parametrize(
+    ("options", "keeps"),
+    [
+        ({"target": PruningTarget(speedup=2.0)}, True),
+        ({"importance": "taylor"}, True),
+        ({"target": PruningTarget(macs=0.5)}, False),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_what_takes_minutes_is_kept(module, data, tmp_path, monkeypatch, options, keeps):
+    calls = []
+    monkeypatch.setattr("callbacks.pruning.make_plan", lambda *_: calls.append(_) or [("ssh.0.conv5_1.0", [0, 2])])
+    modules = [deepcopy(module) for _ in range(2)]
+    for each in modules:
+        callback = ChannelPruning(recalibrate=0, **options)
+        callback.setup(trainer(data, default_root_dir=tmp_path), each, "fit")
+        assert callback._change.figures()["speedup"] == 2
+    assert len(calls) == (1 if keeps else 2)
+    assert [path.name for path in tmp_path.iterdir()] == (["pruning.pt"] if keeps else [])
+    assert modules[0].structure.plans == modules[1].structure.plans == [[("ssh.0.conv5_1.0", [0, 2])]]
+    ChannelPruning(recalibrate=0, round_to=4, **options).setup(trainer(data, default_root_dir=tmp_path), module, "fit")
+    assert len(calls) == (2 if keeps else 3)
+
+
+def test_a_trial_keeps_nothing(module, data, tmp_path):
+    options = {"default_root_dir": tmp_path, "fast_dev_run": 1}
+    ChannelPruning(importance="taylor", recalibrate=0).setup(trainer(data, **options), module, "fit")
+    assert not list(tmp_path.iterdir())
+
+
+def test_batch_statistics_come_out_the_same_again(module, data):
+    """So those of a plan that is made anew in a moment need not be kept."""
+    modules = [deepcopy(module) for _ in range(2)]
+    for each in modules:
+        ChannelPruning(recalibrate=2).setup(trainer(data), each, "fit")
+    before, again = (each.network.state_dict() for each in modules)
+    assert not [name for name, value in before.items() if not torch.equal(value, again[name])]
+
+
 @pytest.mark.slow
 def test_plans_pile_up_from_stage_to_stage(
     pruned_run, pruned_again_run, tiny_root, tiny_checkpoint, tmp_path, run_stage, make_stage_arguments, without_export
@@ -176,13 +238,14 @@ def test_batch_statistics_are_those_of_the_pruned_network(module, data):
     assert norm.momentum == 0.1
 
 
-def test_taylor_looks_at_training_batches(module, data):
+def test_taylor_looks_at_training_batches(module, data, tmp_path):
     network = deepcopy(module.network).eval()
     batches = list(data.train_dataloader() if data.setup("fit") is None else [])
     losses = (module.task_loss(network(normalize(batch["images"])), batch).total for batch in batches)
     settings = PruningSettings(importance="taylor", ranking="global")
     expected = make_plan(network, settings, loss_gradients(network, losses))
-    ChannelPruning(importance="taylor", ranking="global", taylor_batches=9).setup(trainer(data), module, "fit")
+    callback = ChannelPruning(importance="taylor", ranking="global", taylor_batches=9)
+    callback.setup(trainer(data, default_root_dir=tmp_path), module, "fit")
     assert module.structure.plans == [expected]
     assert expected != make_plan(network, PruningSettings(ranking="global"))
     assert all(parameter.grad is None for parameter in module.network.parameters())
@@ -219,7 +282,7 @@ class FakeTiming:
         self.ratio = ratio
 
 
-def test_target_for_the_speed_is_measured(module, monkeypatch):
+def test_target_for_the_speed_is_measured(module, tmp_path, monkeypatch):
     whole = count_complexity(module.network, 64)[1]
     given = []
 
@@ -230,7 +293,7 @@ def test_target_for_the_speed_is_measured(module, monkeypatch):
 
     monkeypatch.setattr("callbacks.pruning.speedup_meter", meter)
     callback = ChannelPruning(target=PruningTarget(speedup=1.5), recalibrate=0, size=96, threads=1)
-    callback.setup(trainer(), module, "fit")
+    callback.setup(trainer(default_root_dir=tmp_path), module, "fit")
     assert given == [(whole, 96, 1)]
     assert whole / count_complexity(module.network, 64)[1] == pytest.approx(1.5, rel=0.05)
     figures = callback._change.figures()

@@ -1,3 +1,5 @@
+import shutil
+
 import lightning as L
 import pytest
 import torch
@@ -61,6 +63,40 @@ def test_statistics_and_ranges_move_in_training_alone_until_they_freeze(tiny_roo
     assert len(moved(ranges, watch.trained[1][1])) > 0.5 * len(ranges)  # a lower end at 0 after a ReLU stays there
     for kind in range(2):
         assert not moved(watch.validated[1][kind], watch.trained[2][kind])  # frozen: 2 of 3 epochs are over
+
+
+def test_mixed_precision_trains_and_validates_the_same_student(tiny_root, tiny_checkpoint, tmp_path):
+    found = []
+    for precision in ("32-true", "bf16-mixed"):
+        trainer = L.Trainer(
+            accelerator="cpu",
+            precision=precision,
+            max_epochs=1,
+            callbacks=[QuantizationAwareTraining()],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        module = CompressionModule(str(tiny_checkpoint))
+        trainer.fit(module, datamodule=WiderFaceDataModule(tiny_root, train_size=64, batch_size=4, num_workers=0))
+        found.append((module.state_dict(), trainer.callback_metrics["val/ap_all"]))
+    (precise, precise_ap), (mixed, mixed_ap) = found
+    assert not moved(precise, mixed)
+    assert mixed_ap == precise_ap > 0
+
+
+@pytest.mark.parametrize("stage", ["teacher", "prune", "qat"])
+def test_stages_take_a_step_in_mixed_precision(
+    stage, tiny_root, tiny_checkpoint, tmp_path, make_stage_arguments, run_stage
+):
+    roles = ("weights",) if stage == "teacher" else ("student", "teacher")
+    start = [f"--model.init_args.{role}={tiny_checkpoint}" for role in roles]
+    options = ["--trainer.precision=bf16-mixed", "--trainer.fast_dev_run=1"]
+    cli = run_stage([*make_stage_arguments(stage, tiny_root, *start), *options], tmp_path)
+    assert cli.trainer.global_step == 1
+    assert cli.trainer.callback_metrics["train/loss"].isfinite()
 
 
 def test_student_is_quantized_and_every_parameter_trained(quantized_run, pruned_run):
@@ -127,6 +163,7 @@ def asked(monkeypatch, without_export):
     def choose(network, samples, pictures, budget, settings, size, threads, report):
         chosen, whole = Trial(("fpn",), 0.795, 1.1, True), Trial(None, 0.8, 0.5, True)
         asked.append((samples, pictures, budget, settings))
+        torch.rand(3)  # as exports do
         report(chosen)
         return Choice(chosen, whole, [chosen], MixedPrecision(len(samples), whole, Trial((), 0.7, 1.0, False), {}))
 
@@ -163,6 +200,21 @@ def test_what_stays_in_float_is_chosen_on_training_photos(quantized_run, asked, 
     assert cli.model.structure.quantization.keep_float == ("fpn",)
 
 
+def test_a_choice_outlives_a_fit_that_was_killed_before_its_first_checkpoint(quantized_run, asked, tmp_path, run_stage):
+    arguments = [*quantized_run.arguments, AUTO, "--trainer.max_epochs=1"]
+    states = []
+    for folder in ("uninterrupted", "killed"):
+        run_stage(arguments, tmp_path / folder)
+        states.append(torch.load(tmp_path / folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+        if folder == "uninterrupted":
+            (tmp_path / "killed").mkdir()
+            shutil.copy(tmp_path / folder / "keep_float.pt", tmp_path / "killed")
+    assert len(asked) == 1
+    assert not moved(*states)
+    run_stage([*arguments, "--trainer.callbacks.init_args.ap_budget=0.02"], tmp_path / "killed")
+    assert len(asked) == 2
+
+
 def test_names_from_the_command_line(quantized_run, asked, tmp_path, run_stage):
     names = ["--trainer.callbacks.init_args.keep_float=[ssh.1,'*_heads']", "--trainer.fast_dev_run=true"]
     cli = run_stage(quantized_run.arguments, tmp_path, *names)
@@ -174,6 +226,7 @@ def test_a_trial_measures_nothing(quantized_run, asked, tmp_path, run_stage):
     cli = run_stage(quantized_run.arguments, tmp_path, AUTO, "--trainer.fast_dev_run=true")
     assert not asked
     assert isinstance(cli.model.network, FakeQuantizedRetinaFace)
+    assert not list(tmp_path.glob("*.pt"))
 
 
 def test_a_choice_needs_a_data_module(tiny_checkpoint):

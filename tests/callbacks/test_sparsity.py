@@ -60,6 +60,24 @@ def test_a_single_channel_is_left_alone(module):
     assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
 
 
+@pytest.mark.parametrize("value", [0.0, 0.5])
+@pytest.mark.parametrize("method", ["group_lasso", "growing"])
+def test_channels_that_matter_alike_do_no_harm(module, method, value):
+    """In any step; all of them may have come to nothing, and come back."""
+    callback = SparsityRegularization(method, 0.01)
+    trainer = start(callback, module)
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    for weights in ([torch.full_like(weight, value) for weight in before], before):
+        for parameter, weight in zip(module.parameters(), weights, strict=True):
+            parameter.data.copy_(weight)
+        without_gradient(module)
+        callback.on_before_optimizer_step(trainer, module, None)
+        callback.on_train_epoch_end(trainer, module)
+        assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
+    assert pull(module)[0].abs().min() >= 0.01 * (1 - 1e-3)
+    assert all(strengths.isfinite().all() for strengths in callback.state_dict()["strengths"])
+
+
 def test_growing_pulls_the_weak_harder_after_every_epoch(module):
     callback = SparsityRegularization("growing", 0.01)
     trainer = start(callback, module)

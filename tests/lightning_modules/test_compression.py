@@ -5,7 +5,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
-from torch import nn
+from torch import distributed, nn
 
 from datamodules import WiderFaceDataModule
 from lightning_modules import CompressionModule
@@ -313,6 +313,65 @@ def test_a_fit_goes_on_only_with_its_own_adapters(pruned, tiny_root, tiny_checkp
     path = pruned[1] / "epoch=0.ckpt"
     with pytest.raises(InputError, match=r"epoch=0.ckpt: was trained with another distillation of features"):
         fit_pruned(tiny_root, tiny_checkpoint, tmp_path, ckpt_path=path, features=0.0)
+
+
+class WatchBroadcast(L.Callback):
+    """Notes what the first process sends to the others in every step."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.names = list(trainer.strategy.model.named_module_buffers)
+
+
+@pytest.fixture
+def in_process_group():
+    """Options of a trainer whose one process takes part in a training of several."""
+    yield {"strategy": "ddp", "devices": 1}
+    distributed.destroy_process_group()
+
+
+def test_a_teacher_is_not_sent_to_other_processes(tiny_root, tiny_checkpoint, tmp_path, in_process_group):
+    module = CompressionModule(str(tiny_checkpoint), str(tiny_checkpoint))
+    names = list(module.state_dict())
+    watch = WatchBroadcast()
+    fit(module, tiny_root, tmp_path, limit_val_batches=0, callbacks=[watch], **in_process_group)
+    assert watch.names == [f"network.{name}" for name, _ in module.network.named_buffers()]
+    assert list(module.state_dict()) == names
+
+
+def test_several_processes_can_learn_features_alone(tiny_root, tiny_checkpoint, tmp_path, in_process_group):
+    settings = DistillationSettings(weight=1, logits=0, boxes=0, landmarks=0, features=1)
+    module = CompressionModule(str(tiny_checkpoint), str(tiny_checkpoint), distillation=settings)
+    trainer = fit(module, tiny_root, tmp_path, limit_val_batches=0, **in_process_group)
+    assert trainer.global_step == 2  # the second one fails where the first left a parameter without gradient
+
+
+@pytest.mark.parametrize("levels", ["fpn", "ssh", "all"])
+@pytest.mark.parametrize(
+    "parts", [{"landmarks": 0}, {"logits": 0, "boxes": 0}, {"logits": 0, "boxes": 0, "landmarks": 0}], ids=str
+)
+def test_all_that_is_trained_has_gradients_and_nothing_else(
+    tiny_checkpoint, compressed, batch, logged, monkeypatch, parts, levels
+):
+    monkeypatch.setattr(CompressionModule, "_fits", True)
+    settings = DistillationSettings(weight=1, features=1, feature_loss="cwd", feature_levels=levels, **parts)
+    module = CompressionModule(str(tiny_checkpoint), str(tiny_checkpoint), distillation=settings)
+    for student in (module.network, deepcopy(compressed.int8).train()):
+        module.network = student
+        module._leave_out_gradients()
+        module._make_adapters()
+        module._teacher_tap = module._teacher_tap or FeatureTap(module.teacher, levels)
+        module.training_step(batch, 0).backward()
+        for name, parameter in module.network.named_parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad, name
+        resting = {name for name, parameter in module.network.named_parameters() if not parameter.requires_grad}
+        assert resting
+        assert any("ssh" in name for name in resting) == (len(parts) == 3 and levels == "fpn")
+
+
+def test_what_the_labels_reach_learns_though_the_teacher_leaves_it_out():
+    assert DistillationSettings(weight=0.9, landmarks=0).untaught == []
+    assert DistillationSettings(weight=1).untaught == []
+    assert DistillationSettings(weight=1, landmarks=0).untaught == ["landmark_heads"]
 
 
 def test_features_of_a_quantized_student(compressed, save_checkpoint, tiny_root, tmp_path):

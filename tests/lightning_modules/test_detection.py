@@ -284,6 +284,17 @@ def test_a_compiled_network_learns_the_same(tiny_root, tiny_checkpoint, tmp_path
         torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_weights_of_another_type_are_refused(tiny_root, tiny_checkpoint, tmp_path, precision):
+    trainer = L.Trainer(
+        accelerator="cpu", precision=precision, fast_dev_run=True, logger=False, enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    data = WiderFaceDataModule(tiny_root, train_size=64, batch_size=4, num_workers=0)
+    with pytest.raises(InputError, match=rf"precision {precision} weights are not float32.*bf16-mixed"):
+        trainer.fit(RetinaFaceModule(weights=str(tiny_checkpoint)), datamodule=data)
+
+
 def test_validation_boxes_are_in_the_photos_own_pixels(tiny_checkpoint):
     """With half the scale the same outputs mean boxes of twice the size."""
     module = RetinaFaceModule(weights=str(tiny_checkpoint)).eval()
@@ -333,6 +344,18 @@ def test_validation_measures_what_evaluate_does_and_starts_anew_each_time(tiny_r
         torch.nn.init.zeros_(head.bias)
     (second,) = quiet_trainer.validate(module, datamodule=data, verbose=False)
     assert second["val/ap_all"] != first["val/ap_all"]
+
+
+def test_cudnn_does_not_try_all_its_ways_on_photos_of_every_size(tiny_root, tiny_checkpoint, quiet_trainer, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    seen = []
+    module = RetinaFaceModule(weights=str(tiny_checkpoint))
+    module.network.register_forward_hook(
+        lambda network, *_: seen.append((network.training, torch.backends.cudnn.benchmark))
+    )
+    quiet_trainer.fit_loop.max_epochs = 2
+    quiet_trainer.fit(module, datamodule=WiderFaceDataModule(tiny_root, train_size=64, batch_size=4, num_workers=0))
+    assert set(seen) == {(True, True), (False, False)}
 
 
 def test_tiny_photos_can_be_validated(tiny_checkpoint):
