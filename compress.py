@@ -15,7 +15,7 @@ import string
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -31,10 +31,12 @@ from retinaface.processes import die_with_parent
 from retinaface.slurm import (
     SAVED,
     Cluster,
+    Notice,
     as_step,
     cancel_jobs,
     cluster_parser,
     is_preempted,
+    is_running,
     read_cluster,
     requeue_job,
     submit_job,
@@ -46,6 +48,8 @@ CONFIGS = PROJECT / "configs"
 
 # A log file has room for whole tables.
 _console = Console(markup=False, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
+
+_notice = Notice(_console.print)
 
 REPORT = "report"
 
@@ -265,15 +269,24 @@ def _run_stage(run: Run, stage: Stage, title: str) -> None:
     try:
         _run([*command, *(["--ckpt_path=last"] if resumes else [])])
     except subprocess.CalledProcessError as error:
-        if run.cluster.srun and is_preempted():  # before there was a step to save after, or when there was none left
-            requeue_job()
-        elif run.cluster.srun and error.returncode != SAVED:
-            _console.print(
-                f"{title}: failed with status {error.returncode}; jobs that wait for it are cancelled. Submitted "
-                "again, the recipe goes on here"
-            )
+        if run.cluster.srun:
+            _answer_for(title, error.returncode)
         raise
     _finish(run.out / stage.name / "model.onnx", run.exported(stage.name))
+    _notice.progress = True
+
+
+def _answer_for(title: str, status: int) -> None:
+    """Has the job start again if that is why a stage has ended and it has not seen to it; else says what follows."""
+    if is_preempted():  # before there was a step to save after, or when there was none left
+        requeue_job()
+    elif status != SAVED and not _notice.given:
+        _console.print(
+            f"{title}: failed with status {status}; jobs that wait for it are cancelled. Submitted again, the recipe "
+            "goes on here"
+        )
+    elif status != SAVED and is_running():  # when it was just beginning or ending, and did not listen
+        _notice.requeue()
 
 
 def submit_recipe(run: Run) -> None:
@@ -288,6 +301,7 @@ def submit_recipe(run: Run) -> None:
     script, logs = CONFIGS / "slurm" / "compress.sbatch", run.out / "slurm"
     logs.mkdir(exist_ok=True)
     jobs: list[str] = []
+    written: list[str] = []
     # What trains nothing has nothing to share out.
     single = [REPORT, *(stage.name for stage in run.recipe.stages if _trains_nothing(run.arguments(stage)))]
     for name in [*(stage.name for stage in run.recipe.stages), REPORT]:
@@ -303,12 +317,13 @@ def submit_recipe(run: Run) -> None:
             before = jobs[-1] if jobs else None
             environment = {"VENV": sys.prefix, "PROJECT": str(PROJECT)}
             jobs.append(submit_job(script, [*run.words, "--only", name], options, before, environment))
+            written.append(str(logs / f"{name}-{jobs[-1]}.log"))
         except InputError:
             cancel_jobs(jobs)
             raise
         _console.print(f"{name}: job {jobs[-1]}{f', after {before}' if before else ''}")
     _console.print(f"their state: squeue --jobs={','.join(jobs)}")
-    _console.print(f"their logs:  tail -F {shlex.quote(str(logs))}/*.log")
+    _console.print(f"their logs:  tail -F {shlex.join(written)}")
     _console.print(f"to stop:     scancel {' '.join(jobs)}")
 
 
@@ -320,7 +335,8 @@ def _run(command: list[str]) -> None:
     """
     stage = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent)
     try:
-        code = stage.wait()
+        with _notice.handed_on_to(stage):
+            code = stage.wait()
     except BaseException:  # Ctrl-C or SIGTERM: end the stage and the processes that it started, gently first
         try:
             with suppress(ProcessLookupError):
@@ -480,7 +496,7 @@ def _report(run: Run) -> None:
 
 
 def _send_to_wandb(run: Run, report: Mapping[str, Any], checkpoints: Mapping[str, Path]) -> None:
-    """Sends the report to where the last stage's W&B logger sent it, if it has one; a refusal is only said."""
+    """Sends the report to where the last stage's W&B logger sent it, if it has one; an error is only said."""
     try:
         place = _wandb_place(run)
         if place is not None:
@@ -488,8 +504,9 @@ def _send_to_wandb(run: Run, report: Mapping[str, Any], checkpoints: Mapping[str
 
             _name_for_wandb(run, REPORT)
             send_report(run.out, report, checkpoints, *place)
-    except InputError as error:
-        _console.print(f"the report was not sent: {one_line(error)}; the same command tries again")
+    except Exception as error:  # W&B raises many kinds, and the report is there whatever it does
+        why = one_line(error) or type(error).__name__
+        _console.print(f"the report was not sent: {why}; the same command tries again")
 
 
 def _new_group(run: Run) -> str:
@@ -504,8 +521,9 @@ def _name_for_wandb(run: Run, stage: str) -> None:
     os.environ |= {"WANDB_JOB_TYPE": stage, "WANDB_NAME": stage, "WANDB_RUN_ID": f"{run.group}-{stage}"}
     loggers = _setting(run.arguments(run.recipe.stages[-1]), ("trainer", "logger"), ("--trainer.logger",))
     if "WandbLogger" in str(loggers):
-        from retinaface.evaluation.dashboard import run_mode
+        from retinaface.evaluation.dashboard import prepare_wandb, run_mode
 
+        prepare_wandb(Path(os.environ["WANDB_DIR"]))
         os.environ |= {"WANDB_MODE": mode} if (mode := run_mode()) else {}  # said here, and not in every stage
 
 
@@ -514,13 +532,19 @@ def _wandb_place(run: Run) -> tuple[str, str | None] | None:
     folder = run.out / run.recipe.stages[-1].name
     # In W&B's folder where that is the only logger; W&B itself has files of that name too.
     files = [*folder.rglob("config.yaml"), *Path(os.environ.get("WANDB_DIR", run.out)).glob("config.yaml")]
-    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+    for file in sorted(files, key=_attempt, reverse=True):
         trainer = _read_yaml(file).get("trainer", {})
         loggers = trainer.get("logger") if trainer.get("default_root_dir") == str(folder) else None
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             if isinstance(logger, dict) and logger["class_path"].endswith("WandbLogger"):
                 return logger["init_args"]["project"], logger["init_args"].get("entity")
     return None
+
+
+def _attempt(file: Path) -> int:
+    """Number of the folder of a stage's attempt, as Lightning counts them; -1 where it makes none."""
+    name, _, number = file.parent.name.partition("_")
+    return int(number) if name == "version" and number.isdecimal() else -1
 
 
 def _given_teacher(run: Run) -> dict[str, Path]:
@@ -618,7 +642,8 @@ def main(args: list[str] | None = None) -> None:
         if run.cluster.submit:
             submit_recipe(run)
         else:
-            run_recipe(run)
+            with _notice.awaited() if run.cluster.srun else nullcontext():
+                run_recipe(run)
     except InputError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)

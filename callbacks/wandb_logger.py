@@ -16,14 +16,15 @@ _SECONDS_TO_SEND = 60
 class WandbLogger(LightningWandbLogger):
     """Lightning's, for those without an account too: where nobody is logged in, the run stays on the disk.
 
-    That is said once, with the command that sends it. The run's id, name, group and job type are those in W&B's
-    environment variables, as ``compress.py`` and the cluster's scripts set them: the same id goes on with the same run.
-    Only the first process logs.
+    So it does where there is no network when it begins. Either is said, with the command that sends it. The run's id,
+    name, group and job type are those in W&B's environment variables, as ``compress.py`` and the cluster's scripts set
+    them: the same id goes on with the same run. Only the first process logs.
 
     Args:
         project: The W&B project.
         entity: The user or team; by default that of ``WANDB_ENTITY``, or the user's own choice.
-        save_dir: Holds the folder ``wandb``; by default that of ``WANDB_DIR``, or the current folder.
+        save_dir: Holds the folder ``wandb``, with all that W&B writes; by default that of ``WANDB_DIR``, or the current
+            folder.
         **options: Further ones of Lightning's logger.
     """
 
@@ -45,11 +46,18 @@ class WandbLogger(LightningWandbLogger):
     def experiment(self) -> Any:
         if self._experiment is not None:
             return self._experiment
-        from retinaface.evaluation.dashboard import run_mode, wandb_refusals  # has W&B imported, which takes a second
+        from retinaface.evaluation import dashboard  # has W&B imported, which takes a second
 
+        folder = Path(self.save_dir or ".")
+        dashboard.prepare_wandb(folder)
         if "mode" not in self._wandb_init:
-            self._wandb_init["mode"] = "offline" if self._offline else run_mode(Path(self.save_dir or "."))
-        with wandb_refusals():
+            self._wandb_init["mode"] = "offline" if self._offline else dashboard.run_mode(folder)
+        with dashboard.wandb_refusals():
+            try:
+                return super().experiment
+            except Exception as error:
+                dashboard.go_offline(error, folder)
+            self._wandb_init["mode"] = "offline"
             return super().experiment
 
     @override
@@ -57,7 +65,7 @@ class WandbLogger(LightningWandbLogger):
     def finalize(self, status: str) -> None:
         super().finalize(status)
         if status == "requeued" and self._experiment is not None:
-            # W&B's own process would be ended together with this one. It would wait without limit for a network that is
+            # W&B's own process would be ended together with this one. It would wait for minutes for a network that is
             # gone, and the job not be requeued; what is not sent by then is on the disk.
             ending = Thread(target=self._experiment.finish, daemon=True)
             ending.start()

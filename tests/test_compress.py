@@ -199,13 +199,18 @@ def test_wandb_knows_the_stages_of_a_run_again(training, tmp_path, monkeypatch):
 
 
 def test_that_nobody_is_logged_in_is_said_once(training, tmp_path, monkeypatch):
-    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for name in ("MODE", "DATA_DIR", "CACHE_DIR"):
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
     monkeypatch.setattr("wandb.login", lambda **_: False)
     said, told = [], []
     monkeypatch.setattr("wandb.termwarn", lambda text, repeat: said.append(text))
-    monkeypatch.setattr(compress, "_run", lambda command: (told.append(os.environ["WANDB_MODE"]), training(command)))
+    names = ("WANDB_MODE", "WANDB_DATA_DIR", "WANDB_CACHE_DIR")
+    monkeypatch.setattr(
+        compress, "_run", lambda command: (told.append([os.environ[name] for name in names]), training(command))
+    )
     compress.main([str(write_recipe(tmp_path)), "--out", "out", "--config", str(ROOT / "configs" / "wandb.yaml")])
-    assert told == ["offline", "offline"]
+    place = tmp_path / "out" / "wandb"
+    assert told == [["offline", str(place / "data"), str(place / "cache")]] * 2
     (line,) = said
     assert f"{tmp_path / 'out' / 'wandb'}/offline-run-*" in line
 
@@ -233,6 +238,18 @@ def test_the_report_goes_where_the_last_stage_goes(options, place, training, tmp
     assert compress._wandb_place(run) == place
 
 
+def test_the_report_goes_where_the_last_attempt_went_whatever_the_clock_says(tmp_path):
+    run = compress.parse_arguments([str(write_recipe(tmp_path)), "--out", "out"])
+    folder = run.out / "pruned"
+    for age, version in enumerate((10, 9, 2)):
+        logger = {"class_path": "callbacks.WandbLogger", "init_args": {"project": f"faces-{version}"}}
+        file = folder / "lightning_logs" / f"version_{version}" / "config.yaml"
+        file.parent.mkdir(parents=True)
+        file.write_text(yaml.safe_dump({"trainer": {"default_root_dir": str(folder), "logger": [logger]}}))
+        os.utime(file, (age, age))
+    assert compress._wandb_place(run) == ("faces-10", None)
+
+
 @pytest.mark.parametrize("content", [None, "trainer: ["])
 def test_a_configuration_that_cannot_be_read_is_one_line(content, training, tmp_path, capsys):
     if content is not None:
@@ -241,15 +258,40 @@ def test_a_configuration_that_cannot_be_read_is_one_line(content, training, tmp_
     assert "own.yaml: not a YAML file that can be read" in error
 
 
-def test_a_report_that_wandb_refuses_is_there_all_the_same(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (InputError("W&B: no such project"), "W&B: no such project"),
+        (OSError("Disk quota exceeded"), "Disk quota exceeded"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_a_report_that_wandb_refuses_is_there_all_the_same(error, why, tmp_path, monkeypatch, capsys):
     def refuse(*_):
-        raise InputError("W&B: no such project")
+        raise error
 
     run = compress.parse_arguments([str(write_recipe(tmp_path)), "--out", "out"])
     monkeypatch.setattr(compress, "_wandb_place", lambda run: ("faces", None))
     monkeypatch.setattr("retinaface.evaluation.dashboard.send_report", refuse)
     compress._send_to_wandb(run, {}, {})
-    assert "the report was not sent: W&B: no such project; the same command tries again" in capsys.readouterr().out
+    assert f"the report was not sent: {why}; the same command tries again" in capsys.readouterr().out
+
+
+def test_the_logs_of_jobs_can_be_followed_before_there_are_any(training, tmp_path, monkeypatch, capsys):
+    out, jobs = tmp_path / "a run, 50%", iter(("7", "8", "9"))
+    monkeypatch.setattr(compress, "submit_job", lambda *_: next(jobs))
+    compress.main([str(write_recipe(tmp_path)), "--out", str(out), "--submit", "slurm"])
+    (line,) = re.findall("^their logs: *(.*)$", capsys.readouterr().out, flags=re.MULTILINE)
+    shown = tmp_path / "shown"
+    with shown.open("w") as file:
+        follow = subprocess.Popen(["bash", "-c", f"exec {line}"], stdout=file, stderr=subprocess.DEVNULL)
+    try:
+        time.sleep(0.2)
+        (out / "slurm" / "report-9.log").write_text("evaluating\n")
+        assert wait_until(lambda: "evaluating" in shown.read_text(), 20)
+    finally:
+        follow.kill()
+        follow.wait()
 
 
 def test_arguments_fill_in_checkpoints_and_overrides(tmp_path):

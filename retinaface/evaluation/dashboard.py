@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import wandb
 from wandb.sdk import wandb_setup
 
-from retinaface.errors import InputError
+from retinaface.errors import InputError, one_line
 from retinaface.evaluation.report_text import kept_share
 from retinaface.evaluation.wider_ap import SUBSETS, Curve
 
@@ -23,6 +24,13 @@ _ENVIRONMENT = {
     "job_type": "WANDB_JOB_TYPE",
     "dir": "WANDB_DIR",
 }
+
+# What W&B's own waiting ends with, for a network that is gone or a server in trouble: it tries again for as long as its
+# settings say. A wrong key or an unknown project is said at once, in the server's words.
+_OUTAGE = re.compile("timed out|deadline exceeded", re.IGNORECASE)
+
+# How long the end of a run waits for the network.
+_SECONDS_TO_SEND = 600
 
 # Figures of a model in the report, as they are called there.
 _COSTS = ("params", "macs", "onnx_bytes", "convolutions", "int8_convolutions", "latency_ms_median", "speedup")
@@ -39,6 +47,47 @@ def wandb_refusals() -> Iterator[None]:
         yield
     except wandb.errors.Error as error:
         raise InputError(f"W&B: {error}; log in with `wandb login`, or set WANDB_MODE=offline") from error
+
+
+def prepare_wandb(folder: Path) -> None:
+    """Has W&B keep its copies of files and its logs beside its runs, and a run's end not wait for a network for ever.
+
+    By itself it puts them into the user's home folder, where many clusters leave little room, though a run on the disk
+    cannot be sent without them. To be called before W&B is asked for anything; the user's own environment holds.
+
+    Args:
+        folder: Where the run's ``wandb`` folder is or will be.
+    """
+    place = folder.resolve() / "wandb"
+    os.environ.setdefault("WANDB_DATA_DIR", str(place / "data"))
+    os.environ.setdefault("WANDB_CACHE_DIR", str(place / "cache"))
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(_SECONDS_TO_SEND))
+
+
+def go_offline(error: Exception, folder: Path) -> None:
+    """Makes ready for a run on the disk where one could not begin for want of a network, which is said.
+
+    Args:
+        error: What ``wandb.init`` raised.
+        folder: Where the run's ``wandb`` folder is.
+
+    Raises:
+        Exception: The given one, where it is another: W&B refuses, and no waiting mends that.
+    """
+    if not isinstance(error, TimeoutError) and not (
+        isinstance(error, wandb.errors.CommError) and _OUTAGE.search(str(error))
+    ):
+        raise error
+    wandb.teardown()  # its process would say that a run of this id has begun
+    wandb.termwarn(
+        f"no connection ({one_line(error)}), so this run stays on this disk. To send it later, after what was made "
+        f"before it: {_sending(folder)}"
+    )
+
+
+def _sending(folder: Path) -> str:
+    """The command that sends the runs on the disk, in the order in which they were made."""
+    return f'for run in {shlex.quote(str(folder.resolve() / "wandb"))}/offline-run-*; do wandb sync "$run"; done'
 
 
 @wandb_refusals()
@@ -61,13 +110,16 @@ def run_mode(folder: Path | None = None) -> Literal["offline"] | None:
         return "offline"
     if wanted != "online" or wandb.login(prompt=False, verify=False):
         return None
-    runs = (folder or Path(os.environ.get("WANDB_DIR", "."))).resolve() / "wandb" / "offline-run-*"
     wandb.termwarn(
         "nobody is logged in, so runs stay on this disk. To send them, in the order in which they were made: "
-        f'wandb login; for run in {runs}; do wandb sync "$run"; done',
+        f"wandb login; {_sending(folder or _folder())}",
         repeat=False,
     )
     return "offline"
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("WANDB_DIR", "."))
 
 
 @wandb_refusals()
@@ -79,14 +131,20 @@ def start_run(project: str, **options: Any) -> wandb.Run:  # noqa: ANN401
         **options: Further ones of ``wandb.init``.
 
     Returns:
-        The run, on the disk where nobody is logged in.
+        The run, on the disk where nobody is logged in or there is no network.
 
     Raises:
         InputError: As :func:`wandb_refusals`.
     """
     # W&B reads its environment once in a process, and that may have been before these were set.
     named = {name: os.environ.get(variable) for name, variable in _ENVIRONMENT.items()}
-    return wandb.init(project=project, resume="allow", mode=run_mode(), **{**named, **options})
+    given = {"project": project, "resume": "allow", **named, **options}
+    prepare_wandb(_folder())
+    try:
+        return wandb.init(mode=run_mode(), **given)
+    except Exception as error:
+        go_offline(error, _folder())
+    return wandb.init(mode="offline", **given)
 
 
 def model_name(checkpoint: Path) -> str:
@@ -107,16 +165,21 @@ def model_name(checkpoint: Path) -> str:
 def log_model(run: wandb.Run, checkpoint: Path, exported: Iterable[Path] = ()) -> None:
     """Sends what a stage ends with: its checkpoint as an artifact, and each ONNX file as another.
 
+    What cannot be sent is said, with how to send it by hand: the stage is done all the same.
+
     Args:
         run: The stage's.
         checkpoint: It must stay where it is until it is sent, for a run on the disk too.
         exported: ONNX files, which may move.
     """
-    run.log_artifact(_checkpoint_artifact(checkpoint))
+    with _only_said(f"{checkpoint}: not sent", _by_hand(run, model_name(checkpoint), "model", checkpoint)):
+        run.log_artifact(_checkpoint_artifact(checkpoint))
     for file in exported:
-        artifact = wandb.Artifact(f"{model_name(checkpoint)}-{file.name}", type="onnx")
-        artifact.add_file(str(file))
-        run.log_artifact(artifact)
+        name = f"{model_name(checkpoint)}-{file.name}"
+        with _only_said(f"{file}: not sent", _by_hand(run, name, "onnx")):
+            artifact = wandb.Artifact(name, type="onnx")
+            artifact.add_file(str(file))
+            run.log_artifact(artifact)
 
 
 def use_model(run: wandb.Run, checkpoint: Path) -> None:
@@ -129,15 +192,27 @@ def use_model(run: wandb.Run, checkpoint: Path) -> None:
         run: The run that uses it.
         checkpoint: A file as given to :func:`log_model`, unchanged.
     """
-    artifact = _checkpoint_artifact(checkpoint)
-    if run.offline:
-        # use_artifact() insists on a server, though what it would record can be synchronised like everything else.
-        run._log_artifact(artifact, aliases=[], is_user_created=True, use_after_commit=True)
-        return
+    with _only_said(f"{checkpoint}: that this run starts from it is not noted"):
+        artifact = _checkpoint_artifact(checkpoint)
+        if run.offline:
+            # use_artifact() insists on a server, though what it would record can be synchronised like everything else.
+            run._log_artifact(artifact, aliases=[], is_user_created=True, use_after_commit=True)
+        else:
+            run.use_artifact(artifact)
+
+
+@contextmanager
+def _only_said(what: str, remedy: str = "") -> Iterator[None]:
+    """Makes a warning of whatever W&B raises: its own errors, those of the disk and of its process, of a name."""
     try:
-        run.use_artifact(artifact)
-    except (wandb.errors.Error, ValueError) as error:
-        wandb.termwarn(f"{checkpoint}: that this run starts from it is not noted ({error})")
+        yield
+    except Exception as error:
+        wandb.termwarn(f"{what} ({one_line(error) or type(error).__name__}){remedy}")
+
+
+def _by_hand(run: wandb.Run, name: str, kind: str, file: Path = Path("FILE")) -> str:
+    put = ["wandb", "artifact", "put", "--type", kind, "--name", f"{run.project}/{name}", str(file)]
+    return f"; to send it later: {shlex.join(put)}"
 
 
 def _checkpoint_artifact(checkpoint: Path) -> wandb.Artifact:

@@ -7,6 +7,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from callbacks.wandb_models import _checkpoints
+from retinaface.evaluation.dashboard import model_name
+from retinaface.evaluation.wider_ap import SUBSETS
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,14 +38,22 @@ def test_a_stage_is_on_the_dashboard(pruned_on_wandb, tiny_checkpoint):
     assert (run.run.run_id, run.run.run_group, run.run.job_type) == ("mine-1-pruned", "mine-1", "pruned")
     assert run.run.project == "faces"
     # Curves: a figure a step, or an epoch.
-    parts = [f"{source}/{part}" for source in ("train", "distillation") for part in ("boxes", "landmarks", "loss")]
-    for name in (*parts, "lr-AdamW/pg1", "train/images_per_second"):
+    losses = [
+        f"{source}/{part}"
+        for source, scores in (("train", "classes"), ("distillation", "logits"))
+        for part in (scores, "boxes", "landmarks", "loss")
+    ]
+    for name in (*losses, "lr-AdamW/pg1", "train/images_per_second"):
         assert len(run.history[name]) == 2, name
-    assert run.history["val/ap_all"] == [pytest.approx(float(cli.trainer.callback_metrics["val/ap_all"]))]
+    for subset in SUBSETS:  # the photos are labelled for all, though they have no easy face
+        name = f"val/ap_{subset}"
+        assert run.history[name] == [pytest.approx(float(cli.trainer.callback_metrics[name]), nan_ok=True)], name
     # What pruning did.
-    figures = {name: run.history[f"pruning/{name}"][0] for name in ("macs", "macs_before", "params", "ms")}
+    names = ("macs", "macs_before", "params", "params_before", "ms", "ms_before", "speedup")
+    figures = {name: run.history[f"pruning/{name}"][0] for name in names}
     assert 0 < figures["macs"] < figures["macs_before"]
-    assert figures["ms"] == 5.0
+    assert 0 < figures["params"] < figures["params_before"]
+    assert (figures["ms_before"], figures["ms"], figures["speedup"]) == (10.0, 5.0, 2.0)
     # Pictures, as files beside the record.
     for name in ("pruning/kept_channels", "val/detections", "evaluation/precision_recall", "evaluation/worst_photos"):
         (value,) = run.history[name]
@@ -67,12 +77,15 @@ def test_a_stage_is_on_the_dashboard(pruned_on_wandb, tiny_checkpoint):
 def test_where_a_model_comes_from(pruned_on_wandb, tiny_checkpoint):
     _, folder, run = pruned_on_wandb
     (used,) = run.used  # student and teacher are the same file
+    assert (used.type, used.name) == ("model", model_name(tiny_checkpoint))
     assert used.manifest.contents[0].local_path == str(tiny_checkpoint)
     checkpoint, exported = (made for made in run.made if made.type != "run_table")  # a chart's figures are one too
     assert (checkpoint.type, checkpoint.name) == ("model", "mine-pruned")
     assert checkpoint.manifest.contents[0].local_path == str(folder / "checkpoints" / "last.ckpt")
     assert (exported.type, exported.name) == ("onnx", "mine-pruned-model.onnx")
     assert Path(exported.manifest.contents[0].local_path).read_bytes() == b"onnx"
+    # From the one to the others by this run.
+    assert {artifact.run_id for artifact in (used, checkpoint, exported)} == {run.run.run_id}
 
 
 @pytest.mark.parametrize(("trained", "file"), [(False, "last.ckpt"), (True, "best.ckpt")])

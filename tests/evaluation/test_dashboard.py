@@ -7,6 +7,7 @@ import pytest
 import wandb
 
 from retinaface.evaluation.dashboard import (
+    go_offline,
     log_model,
     model_name,
     precision_recall_chart,
@@ -52,15 +53,87 @@ def test_the_model_that_a_run_uses_is_the_one_that_another_made(wandb_offline, t
     assert (used[1].name, used[1].digest) != (made.name, made.digest)
 
 
-def test_a_model_that_wandb_refuses_does_not_end_a_run(tmp_path, monkeypatch):
-    def refuse(artifact):
-        raise wandb.errors.CommError("no space left in the plan")
+@pytest.fixture
+def said(monkeypatch):
+    """The warnings."""
+    lines = []
+    monkeypatch.setattr(wandb, "termwarn", lambda text, **_: lines.append(text))
+    return lines
 
-    said = []
-    monkeypatch.setattr(wandb, "termwarn", said.append)
-    use_model(SimpleNamespace(offline=False, use_artifact=refuse), stage_file(tmp_path, "teacher"))
+
+# As W&B 0.31 raises them: from its own process, which hands on what the server or the network says.
+@pytest.mark.parametrize(
+    ("error", "is_said"),
+    [
+        (wandb.errors.CommError('Failed to get resume status for run a: context deadline exceeded\nwhile retrying: '
+                                'Post "https://w": dial tcp: lookup w: no such host'), "lookup w: no such host)"),
+        (wandb.errors.CommError("Timed out while retrying: HTTP 503: busy\nConsider increasing"), "HTTP 503: busy"),
+        (wandb.errors.CommError("Timed out initializing run: giving up after 1 attempt(s)"), "1 attempt(s)"),
+        (TimeoutError("no answer"), "no answer"),
+        (wandb.errors.CommError('Failed to get resume status for run a: returned error 401: {"data":null}'), None),
+        (wandb.errors.CommError("entity nobody not found during upsertBucket"), None),
+        (wandb.errors.AuthenticationError("API key must be 40 characters long"), None),
+        (wandb.errors.UsageError("Timed out attaching to run"), None),
+        (OSError("No space left on device"), None),
+    ],
+)  # fmt: skip
+def test_only_for_want_of_a_network_a_run_goes_on_offline(error, is_said, said, tmp_path):
+    if is_said is None:
+        with pytest.raises(type(error)) as raised:
+            go_offline(error, tmp_path)
+        assert raised.value is error
+        assert said == []
+    else:
+        go_offline(error, tmp_path)
+        (line,) = said
+        assert is_said in line
+        assert "\n" not in line
+
+
+REFUSALS = [wandb.errors.CommError("no space left in the plan"), OSError("Disk quota exceeded"), AssertionError()]
+
+
+def refusing_run(error, offline):
+    def refuse(*_, **__):
+        raise error
+
+    return SimpleNamespace(
+        project="faces", offline=offline, use_artifact=refuse, log_artifact=refuse, _log_artifact=refuse
+    )
+
+
+@pytest.mark.parametrize("offline", [False, True])
+@pytest.mark.parametrize("error", REFUSALS, ids=lambda error: type(error).__name__)
+def test_a_model_that_wandb_refuses_does_not_end_a_run(error, offline, said, tmp_path):
+    file = stage_file(tmp_path, "teacher")
+    use_model(refusing_run(error, offline), file)
     (line,) = said
-    assert "last.ckpt: that this run starts from it is not noted (no space left in the plan)" in line
+    assert line == f"{file}: that this run starts from it is not noted ({str(error) or 'AssertionError'})"
+
+
+@pytest.mark.parametrize("offline", [False, True])
+@pytest.mark.parametrize("error", REFUSALS, ids=lambda error: type(error).__name__)
+def test_a_stage_is_done_also_where_wandb_refuses_its_files(error, offline, said, tmp_path):
+    file = stage_file(tmp_path / "mine", "int8")
+    (exported := tmp_path / "model.onnx").touch()
+    log_model(refusing_run(error, offline), file, [exported])
+    why = str(error) or "AssertionError"
+    put = "to send it later: wandb artifact put --type"
+    assert said == [
+        f"{file}: not sent ({why}); {put} model --name faces/mine-int8 {file}",
+        f"{exported}: not sent ({why}); {put} onnx --name faces/mine-int8-model.onnx FILE",
+    ]
+
+
+def test_one_file_that_cannot_be_read_leaves_the_others(wandb_offline, said, tmp_path):
+    (exported := tmp_path / "model.onnx").touch()
+    gone = tmp_path / "mine" / "int8" / "last.ckpt"
+    with wandb.init(project="faces", mode="offline") as run:
+        use_model(run, gone)
+        log_model(run, gone, [exported])
+    (run,) = wandb_offline()
+    assert [made.name for made in run.made] == ["mine-int8-model.onnx"]
+    assert [line.partition(": ")[0] for line in said] == [str(gone)] * 2
 
 
 def test_a_run_that_is_going_on_keeps_its_mode(monkeypatch):
@@ -129,3 +202,23 @@ def test_the_report_is_a_run_of_its_own(wandb_offline, tmp_path, monkeypatch):
     assert run.summary["speedup"] == 2.5
     (artifact,) = (made for made in run.made if made.type == "report")  # the table is one by itself
     assert sorted(entry.path for entry in artifact.manifest.contents) == ["report.html", "report.json", "report.md"]
+
+
+def test_a_report_without_a_network_is_a_run_on_the_disk(wandb_offline, said, tmp_path, monkeypatch):
+    begin = wandb.init
+
+    def init(**options):
+        if options["mode"] != "offline":
+            raise wandb.errors.CommError("Timed out initializing run")
+        return begin(**options)
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(wandb, "login", lambda **_: True)
+    for suffix in ("html", "md", "json"):
+        (tmp_path / f"report.{suffix}").touch()
+    report = {"recipe": "own_photos", "models": [model("teacher", ap=0.8)], "retention": None, "speedup": 1.0}
+    send_report(tmp_path, report, {}, "faces")
+    (run,) = wandb_offline()
+    assert run.summary["recipe"] == "own_photos"
+    (line,) = said
+    assert "no connection (Timed out initializing run), so this run stays on this disk" in line
