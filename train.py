@@ -10,6 +10,8 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +30,18 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import lightning as L
 from jsonargparse import Namespace
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 import callbacks  # noqa: F401  so that their classes can be named in a configuration
 import datamodules  # noqa: F401
+from callbacks.first_process import decided_by_first_process
 from lightning_modules import CompressionModule
 from lightning_modules.checkpoint_io import keep_for_this_process, newest_checkpoint, read_resumable
 from lightning_modules.step_benchmark import BenchmarkTrainer, benchmark_options
@@ -51,6 +58,15 @@ _HARMLESS = (
 )
 
 
+class _NoClusterCheckpoints(_CheckpointConnector):
+    """Lightning would take whatever ``hpc_ckpt_*`` lies in the run's folder, which may be another job's."""
+
+    @property
+    @override
+    def _hpc_resume_path(self) -> None:
+        return None
+
+
 class RetinaFaceCLI(LightningCLI):
     """LightningCLI with checkpoints at a place that each run states, and a benchmark."""
 
@@ -64,7 +80,12 @@ class RetinaFaceCLI(LightningCLI):
         if self.subcommand == "benchmark":
             arguments = self.config_init.benchmark
             kwargs |= benchmark_options(arguments.steps, arguments.warmup)
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer._checkpoint_connector = _NoClusterCheckpoints(trainer)
+        environment = _environment(trainer)
+        if isinstance(environment, SLURMEnvironment):
+            environment.auto_requeue = False  # it would save an hpc_ckpt_*, in the middle of a step
+        return trainer
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -74,7 +95,7 @@ class RetinaFaceCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
         path = self.config[self.config.subcommand].get("ckpt_path")
-        if path not in (None, "best", "last", "hpc"):
+        if path not in (None, "best", "last"):
             read_resumable(path)
 
     @override
@@ -101,15 +122,35 @@ class RetinaFaceCLI(LightningCLI):
         would go by times of writing, and has no public function for what it would take.
         """
         arguments = self.config_init[self.config_init.subcommand]
-        folder = arguments.checkpoint.dirpath
-        if folder is not None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            keep_for_this_process(Path(folder))
-        if arguments.ckpt_path == "last" and folder is not None:
-            arguments.ckpt_path = newest_checkpoint(Path(folder))
+        choose = partial(_choose_checkpoint, self.trainer, arguments.checkpoint.dirpath, arguments.ckpt_path)
+        arguments.ckpt_path = _choose_together(self.trainer, choose)
         self.trainer.ckpt_path = self.trainer._checkpoint_connector._select_ckpt_path(
             TrainerFn.FITTING, arguments.ckpt_path, model_provided=True, model_connected=False
         )
         arguments.ckpt_path = None
+
+
+def _choose_checkpoint(trainer: L.Trainer, folder: str | None, path: str | Path | None) -> str | Path | None:
+    """What a fit goes on from, once no other one is writing into the folder."""
+    if folder is not None and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        keep_for_this_process(Path(folder))
+    return newest_checkpoint(Path(folder)) if path == "last" and folder is not None else path
+
+
+def _choose_together(trainer: L.Trainer, choose: Callable[[], str | Path | None]) -> str | Path | None:
+    """The first process's choice, for which the others must wait if all have been started at the same time.
+
+    Else the first one starts the others when it has chosen.
+    """
+    if trainer.world_size == 1 or isinstance(_environment(trainer), LightningEnvironment):
+        return choose()
+    trainer.strategy.setup_environment()  # connects the processes; the fit finds them connected
+    return decided_by_first_process(trainer, choose)
+
+
+def _environment(trainer: L.Trainer) -> ClusterEnvironment:
+    """Lightning's knowledge of who has started this process; only some strategies show it."""
+    return trainer._accelerator_connector.cluster_environment
 
 
 def main(args: list[str] | None = None) -> RetinaFaceCLI:

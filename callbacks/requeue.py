@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -9,11 +10,12 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from typing_extensions import override
 
 from lightning_modules.checkpoint_io import REQUEUED
-from retinaface.slurm import SAVED, is_preempted, requeue_job
+from retinaface.errors import InputError
+from retinaface.slurm import SAVED, is_first_step, is_preempted, start_again
 
 _VALIDATION = "epoch_loop.val_loop.batch_progress"
 
@@ -24,11 +26,14 @@ class Requeue(L.Callback):
     SIGUSR2 (``#SBATCH --signal=USR2@300``: 300 seconds before the time limit) puts the job back into the queue, and so
     does SIGTERM where the job is pre-empted and has a time of grace; else (it is pre-empted at once, or cancelled) that
     is left to the cluster. All processes end after the same optimizer step, with status 75, and ``--ckpt_path=last``
-    goes on with the next one. A validation is broken off and begun anew; an export that is under way goes on for as
-    long as the cluster lets it, and is done again.
+    goes on with the next one. A validation is broken off and begun anew. Before and after the training, and in a stage
+    that trains nothing, there is nothing to save: the cluster is asked at once, and what is under way, as an export,
+    goes on for as long as the cluster lets it, and is done again. A job that has started again, and whose time is over
+    once more before a step was made, does not start again; that is said.
 
-    The checkpoint is ``requeued.ckpt`` beside those of ``ModelCheckpoint``; the next one of those deletes it. In the
-    list of callbacks this one belongs behind all that change something after a step.
+    The checkpoint is ``requeued.ckpt`` beside those of ``ModelCheckpoint``; the next one of those deletes it. Where it
+    cannot be written, the job goes on from the one before. In the list of callbacks this one belongs behind all that
+    change something after a step.
 
     Lightning's own way, ``SLURMEnvironment(auto_requeue=True)``, saves inside the signal handler: in the middle of a
     step, where parameters, batch statistics and the counters do not fit together, and each process in another one,
@@ -37,18 +42,14 @@ class Requeue(L.Callback):
 
     def __init__(self) -> None:
         self._asked: set[int] = set()
-        self._ending = self._trained = False
-        self._first_process = True
+        self._training = self._ending = self._requeued = False
+        self._stepped = self._saved = False  # since this process has begun
         # At once: what other callbacks do in their setup may take longer than the cluster gives.
         self._before: Any = signal.signal(signal.SIGUSR2, self._notice)
 
     @override
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self._first_process = trainer.is_global_zero
-
-    @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._training = True
         # In place of Lightning's handler, which talks to the other processes wherever each of them is. Until then, and
         # again after the training, when there is nothing to save, SIGTERM ends the process; Lightning sees to that.
         signal.signal(signal.SIGTERM, self._notice)
@@ -57,12 +58,14 @@ class Requeue(L.Callback):
         # Some clusters send it to the loader's processes too. Torch would raise for those that end, within the step.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._asked.add(number)
-        self._requeue_after_training()
+        if not self._training:
+            self._requeue_at_once()
 
     @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._stepped = True
         # Gradients that are being accumulated are not saved. Going on from the end of an epoch's last step, Lightning
         # would leave out what ends the epoch.
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and not trainer.is_last_batch:
@@ -83,7 +86,9 @@ class Requeue(L.Callback):
 
     @override
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._ending and trainer.validating:
+        if not self._ending:
+            self._saved = self._stepped
+        elif trainer.validating:
             # As if in the first batch: what the metric has seen is not saved, so validation must begin anew.
             begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
             progress = checkpoint["loops"]["fit_loop"][_VALIDATION]
@@ -96,14 +101,22 @@ class Requeue(L.Callback):
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._trained = True
-        self._requeue_after_training()
+        self._training = False
+        self._requeue_at_once()
 
-    def _requeue_after_training(self) -> None:
-        """At once: ModelCheckpoint has saved, and what follows has no steps to wait for."""
-        if self._trained and self._first_process and signal.SIGUSR2 in self._asked:
-            self._asked.clear()
-            requeue_job()
+    def _requeue_at_once(self) -> None:
+        """ModelCheckpoint has saved what there is, and there is no step whose end would be waited for."""
+        if signal.SIGUSR2 in self._asked:
+            self._requeue(self._stepped)
+
+    @rank_zero_only
+    def _requeue(self, progress: bool) -> None:
+        if self._requeued:
+            return
+        why_not = start_again(progress or not is_first_step())
+        self._requeued = why_not is None
+        if why_not is not None:
+            rank_zero_info(f"requeue: {why_not}")
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -115,16 +128,28 @@ class Requeue(L.Callback):
         if not any_process(bool(self._asked)):
             return
         self._ending = True
-        trainer.save_checkpoint(_file(trainer))
-        place = f"epoch {trainer.current_epoch}, step {trainer.global_step}"
-        rank_zero_info(f"requeue: the time is over in {place}; saved {_file(trainer)}")
+        rank_zero_info(f"requeue: the time is over in epoch {trainer.current_epoch}, step {trainer.global_step}")
+        saved = _save(trainer)
         for logger in trainer.loggers:  # the cluster may not wait for what they would do at the process's end
-            logger.finalize("requeued")
+            with suppress(OSError):  # where the disk is full
+                logger.finalize("requeued")
         time_over = any_process(signal.SIGUSR2 in self._asked)
-        if trainer.is_global_zero and (time_over or is_preempted()) and not requeue_job():
-            rank_zero_info("requeue: the cluster did not take the job back; submit it again, and it goes on from there")
+        if trainer.is_global_zero and (time_over or is_preempted()):
+            self._requeue(self._stepped if saved else self._saved)
         trainer.strategy.barrier("requeue")  # srun ends all processes when the first one ends
         sys.exit(SAVED)
+
+
+def _save(trainer: L.Trainer) -> bool:
+    """Whether the first process, which writes, could do so."""
+    try:
+        trainer.save_checkpoint(_file(trainer))
+    except InputError as error:
+        rank_zero_info(f"requeue: {error}; it goes on from the checkpoint before")
+        trainer.strategy.barrier("Trainer.save_checkpoint")  # in which the others wait
+        return False
+    rank_zero_info(f"requeue: saved {_file(trainer)}")
+    return True
 
 
 def _file(trainer: L.Trainer) -> Path:

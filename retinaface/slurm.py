@@ -4,8 +4,10 @@ import argparse
 import os
 import shlex
 import shutil
+import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -162,13 +164,23 @@ def is_preempted() -> bool:
     A job that ends by itself within that time has failed: the cluster would neither start it again, nor the jobs behind
     it at all.
     """
+    state, time = _state_and_time_of_preemption()
+    return state == "RUNNING" and time != "N/A"
+
+
+def is_running() -> bool:
+    """Whether the job that this process is in is neither being ended by the cluster, nor in the queue again already."""
+    return _state_and_time_of_preemption()[0] == "RUNNING"
+
+
+def _state_and_time_of_preemption() -> tuple[str, str]:
     command = ["squeue", "--noheader", f"--jobs={job_id()}", "--Format=State,PreemptTime"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:  # no squeue on this machine
-        return False
+        return "", ""
     state, _, time = result.stdout.strip().partition(" ")
-    return state == "RUNNING" and time.strip() != "N/A"
+    return state, time.strip()
 
 
 def requeue_job() -> bool:
@@ -182,3 +194,80 @@ def requeue_job() -> bool:
         return subprocess.run(["scontrol", "requeue", job_id()], check=False).returncode <= 0
     except OSError:  # no scontrol on this machine
         return False
+
+
+def is_first_step() -> bool:
+    """Whether this process is in the first step that its job runs since it has started, the last time."""
+    return os.environ.get("SLURM_STEP_ID", "0") == "0"
+
+
+def start_again(progress: bool) -> str | None:
+    """Ends the job that this process is in, and has it start again later, once more only if that leads further.
+
+    What cannot be interrupted, and takes longer than the time limit, would otherwise begin anew for ever.
+
+    Args:
+        progress: Whether the job has done something, since it has started, that it need not do again.
+
+    Returns:
+        Why it does not start again; None if it does.
+    """
+    if not progress and os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and not is_preempted():
+        return (
+            "the job had started again and came no further: the time limit is too short for what must be done in one "
+            "go; submit it again with a longer one (--time)"
+        )
+    if not requeue_job():
+        return "the cluster did not take the job back; submit it again, and it goes on from there"
+    return None
+
+
+class Notice:
+    """Answers SIGUSR2, by which the cluster says that the time of a job is nearly over: it starts again, later.
+
+    For the program that the batch script becomes, which alone gets the signal (``#SBATCH --signal=B:USR2@300``). While
+    a training runs as a step of the job, that is told, as it saves before it has the job start again.
+
+    Args:
+        say: Shows a line to the user.
+
+    Attributes:
+        given: Whether the signal has come.
+        progress: Whether the job has finished a step since it has started.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.given = self.progress = False
+        self._say = say
+        self._step: subprocess.Popen[bytes] | None = None
+
+    @contextmanager
+    def awaited(self) -> Iterator[None]:
+        """A context in which the signal is answered; outside it ends the process."""
+        self.given = self.progress = False
+        before = signal.signal(signal.SIGUSR2, self._answer)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGUSR2, before)
+
+    @contextmanager
+    def handed_on_to(self, step: subprocess.Popen[bytes]) -> Iterator[None]:
+        """A context in which the answer is left to ``srun``, which hands the signal on to the processes of its step."""
+        self._step = step
+        try:
+            yield
+        finally:
+            self._step = None
+
+    def requeue(self) -> None:
+        """Has the job start again, or says why it does not; then it goes on for as long as the cluster lets it."""
+        why_not = start_again(self.progress)
+        self._say(f"the time is over: {why_not or 'the job starts again, and goes on here'}")
+
+    def _answer(self, *_: object) -> None:
+        self.given = True
+        if self._step is None:
+            self.requeue()
+        else:
+            self._step.send_signal(signal.SIGUSR2)

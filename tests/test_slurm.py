@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import yaml
 
 import compress
 from retinaface.errors import InputError
-from retinaface.slurm import as_step, is_preempted, job_id, requeue_job
+from retinaface.slurm import SAVED, Notice, as_step, is_preempted, is_running, job_id, requeue_job
 
 ROOT = Path(__file__).parents[1]
 SBATCH = """#!{python}
@@ -88,7 +89,8 @@ def test_a_chain_of_jobs(cluster, capsys):
     shown = capsys.readouterr().out
     assert "pruned: job 102, after 101" in shown
     assert "squeue --jobs=101,102,103" in shown
-    assert f"tail -F {cluster / 'out' / 'slurm'}/*.log" in shown
+    logs = [cluster / "out" / "slurm" / log for log in ("teacher-101.log", "pruned-102.log", "report-103.log")]
+    assert f"tail -F {' '.join(map(str, logs))}\n" in shown
 
 
 def test_what_trains_nothing_takes_one_process(cluster):
@@ -114,7 +116,7 @@ def test_a_folder_with_signs_that_mean_something_to_the_cluster(cluster, capsys)
     words = submitted(cluster)[0][0]
     assert f"--output={cluster}/a, 50%%/slurm/teacher-%j.log" in words
     assert re.fullmatch(r"--job-name=a--50--\w{6}-teacher", words[1])
-    assert f"tail -F '{cluster}/a, 50%/slurm'/*.log" in capsys.readouterr().out
+    assert f"tail -F '{cluster}/a, 50%/slurm/teacher-101.log' " in capsys.readouterr().out
 
 
 def one_line_error(capsys, *arguments):
@@ -224,9 +226,232 @@ def test_a_time_of_grace(answer, expected, cluster, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     program(cluster / "bin" / "squeue", f'#!/bin/sh\necho "$@" >> {cluster / "squeue"}\necho "{answer}"\n')
     assert is_preempted() is expected
+    assert is_running() is answer.startswith("RUNNING")
     assert "--jobs=7" in (cluster / "squeue").read_text()
     (cluster / "bin" / "squeue").unlink()
     assert not is_preempted()
+    assert not is_running()
+
+
+@pytest.fixture
+def job(cluster, monkeypatch):
+    """This process is what the batch script of job 7 became, which has started for the first time."""
+    for name, value in (("SLURM_NNODES", "1"), ("SLURM_NTASKS_PER_NODE", "1"), ("SLURM_JOB_ID", "7")):
+        monkeypatch.setenv(name, value)
+    for name in ("SLURM_ARRAY_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    squeue(cluster, "RUNNING N/A")
+    return cluster
+
+
+def squeue(folder, answer):
+    program(folder / "bin" / "squeue", f'#!/bin/sh\necho "{answer}"\n')
+
+
+def notify():
+    os.kill(os.getpid(), signal.SIGUSR2)
+
+
+def requeued(folder):
+    return (folder / "scontrol").read_text().splitlines() if (folder / "scontrol").exists() else []
+
+
+@pytest.mark.parametrize(
+    ("restarts", "progress", "asked"), [("0", False, True), ("1", False, False), ("1", True, True)]
+)
+def test_the_time_is_over_outside_of_a_training(restarts, progress, asked, job, monkeypatch):
+    """A part that is longer than the time limit is not begun for ever."""
+    monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    before = signal.getsignal(signal.SIGUSR2)
+    said = []
+    notice = Notice(said.append)
+    with notice.awaited():
+        notice.progress = progress
+        notify()
+    assert signal.getsignal(signal.SIGUSR2) == before
+    assert notice.given
+    assert requeued(job) == (["requeue 7"] if asked else [])
+    assert [("--time" in line) for line in said] == [not asked]
+
+
+def test_who_is_pre_empted_starts_again_however_often(job, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "5")
+    squeue(job, "RUNNING 2026-11-25T20:46:32")
+    with Notice(print).awaited():
+        notify()
+    assert requeued(job) == ["requeue 7"]
+
+
+def test_a_cluster_that_does_not_take_the_job_back(job):
+    program(job / "bin" / "scontrol", "#!/bin/sh\nexit 1\n")
+    said = []
+    with Notice(said.append).awaited():
+        notify()
+    assert "the cluster did not take the job back; submit it again" in said[0]
+
+
+@pytest.mark.parametrize("only", [[], ["--only", "report"]])
+def test_the_time_is_over_in_the_report(only, job, commands, monkeypatch):
+    for name in ("teacher", "pruned"):
+        (job / "out").mkdir(exist_ok=True)
+        (job / "out" / f"{name}.onnx").touch()
+    monkeypatch.setattr(compress, "_report", lambda run: notify())
+    compress.main(["recipe.yaml", "--out", "out", *only, "--srun"])
+    assert requeued(job) == ["requeue 7"]
+
+
+SAVES = f"""
+import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, {{signal.SIGUSR2}})
+os.kill(os.getppid(), signal.SIGUSR2)
+signal.sigwait({{signal.SIGUSR2}})
+sys.exit({SAVED})
+"""
+DOES_NOT_LISTEN = "import os, signal, time; os.kill(os.getppid(), signal.SIGUSR2); time.sleep(60)"
+
+
+def run_as_stage(monkeypatch, script):
+    monkeypatch.setattr(compress, "as_step", lambda command: [sys.executable, "-c", script])
+    with pytest.raises(SystemExit) as stop:
+        compress.main(["recipe.yaml", "--out", "out", "--only", "teacher", "--srun"])
+    return stop.value.code
+
+
+def test_a_training_is_told_that_the_time_is_over(job, monkeypatch):
+    assert run_as_stage(monkeypatch, SAVES) == SAVED
+    assert requeued(job) == []  # it has seen to that
+
+
+@pytest.mark.parametrize(("state", "asked"), [("RUNNING", True), ("COMPLETING", False)])
+def test_a_training_that_does_not_listen_yet(state, asked, job, monkeypatch, capsys):
+    squeue(job, f"{state} N/A")
+    assert run_as_stage(monkeypatch, DOES_NOT_LISTEN) == 128 + signal.SIGUSR2
+    assert requeued(job) == (["requeue 7"] if asked else [])  # else it is in the queue already
+    assert "failed with status" not in capsys.readouterr().out
+
+
+def test_a_stage_that_was_finished_is_progress(job, commands, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setattr(compress, "_report", lambda run: notify())
+    compress.main(["recipe.yaml", "--out", "out", "--srun"])
+    assert requeued(job) == ["requeue 7"]
+
+
+def test_without_a_cluster_the_signal_is_left_alone(cluster, commands, monkeypatch):
+    seen = []
+    monkeypatch.setattr(compress, "_report", lambda run: seen.append(signal.getsignal(signal.SIGUSR2)))
+    compress.main(["recipe.yaml", "--out", "out"])
+    assert seen == [signal.getsignal(signal.SIGUSR2)]
+
+
+@pytest.fixture
+def start_tasks(cluster):
+    """Starts a program as srun would, with two tasks on this machine; gives the two processes, the first one first."""
+    started = []
+
+    def start(script, *arguments):
+        job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "test", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "PYTHONPATH": str(ROOT)}
+        tasks = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+        for rank in ("0", "1"):
+            own = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+            command = [sys.executable, "-c", script, *map(str, arguments)]
+            environment = {**os.environ, **job, **place, **tasks, **own}
+            with (cluster / f"task_{rank}").open("w") as log:
+                started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+        return started
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+FULL_DISK = """
+import os, signal, sys
+import lightning as L
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from callbacks import Requeue
+from lightning_modules import AtomicCheckpointIO
+from retinaface.errors import InputError
+
+class FullDisk(AtomicCheckpointIO):
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        raise InputError(f"{path}: cannot be written")
+
+class Ask(L.Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == 1:
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+L.Trainer(
+    accelerator="cpu", strategy="ddp", devices=2, logger=False, default_root_dir=sys.argv[1],
+    enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    plugins=[FullDisk(), SLURMEnvironment(auto_requeue=False)], callbacks=[Ask(), Requeue()],
+).fit(BoringModel())
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_no_process_waiting(job, start_tasks):
+    tasks = start_tasks(FULL_DISK, job)
+    assert [task.wait(timeout=300) for task in tasks] == [SAVED, SAVED], (job / "task_0").read_text()
+    assert requeued(job) == ["requeue 7"]
+    assert "it goes on from the checkpoint before" in (job / "task_0").read_text()
+
+
+SAYS_WHAT_IT_TAKES = """
+import sys
+import lightning as L
+import train
+
+L.Trainer._fit_impl = lambda trainer, *_, **__: print("takes", trainer.ckpt_path)
+train.main(sys.argv[1:])
+"""
+HOLDS_A_FOLDER = """
+import sys
+from pathlib import Path
+from lightning_modules.checkpoint_io import keep_for_this_process
+keep_for_this_process(Path(sys.argv[1]))
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def other_training(cluster):
+    """A process that trains into the folder ``checkpoints``."""
+    command = [sys.executable, "-c", HOLDS_A_FOLDER, str(cluster / "checkpoints")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as other:
+        assert other.stdout.readline()
+        yield other
+        other.kill()
+
+
+def save(path, steps):
+    torch.save({"structure": {}, "global_step": steps, "pytorch-lightning_version": "2"}, path)
+
+
+@pytest.mark.slow
+def test_all_processes_go_on_from_one_checkpoint(cluster, other_training, start_tasks):
+    """Of the training before the first one has to await the end, in which that may save once more."""
+    folder = cluster / "checkpoints"
+    save(folder / "last.ckpt", 10)
+    configs = ("default.yaml", "data/synthetic_faces.yaml", "model/mobilenet025.yaml", "stage/teacher.yaml")
+    folders = [f"--data.init_args.root={cluster}", f"--trainer.default_root_dir={cluster}"]
+    options = ["--trainer.accelerator=cpu", "--trainer.devices=2", f"--checkpoint.dirpath={folder}"]
+    tasks = start_tasks(
+        SAYS_WHAT_IT_TAKES,
+        *("fit", *(f"--config={ROOT / 'configs' / name}" for name in configs), *folders, *options, "--ckpt_path=last"),
+    )
+    logs = [cluster / "task_0", cluster / "task_1"]
+    assert wait_until(lambda: "waiting for its end" in logs[0].read_text(), 300), logs[0].read_text()
+    wait_until(lambda: "takes" in logs[1].read_text(), 10)  # as it must not
+    save(folder / "requeued.ckpt", 20)
+    other_training.kill()
+    assert [task.wait(timeout=300) for task in tasks] == [0, 0], logs[0].read_text()
+    assert all(f"takes {folder / 'requeued.ckpt'}\n" in log.read_text() for log in logs)
 
 
 def test_srun_outside_of_a_job(monkeypatch):
@@ -255,7 +480,9 @@ def test_the_job_is_asked_for_again(cluster, monkeypatch):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "slurm").glob("*.sbatch")), ids=lambda path: path.name)
 def test_batch_scripts_save_in_time_and_start_again(path):
     lines = path.read_text().splitlines()
-    assert {"#SBATCH --signal=USR2@300", "#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(lines)
+    # compress.py must hear of it where no step runs, and hands it on to the one that does.
+    notice = "#SBATCH --signal=USR2@300" if path.name == "train.sbatch" else "#SBATCH --signal=B:USR2@300"
+    assert {notice, "#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(lines)
     # as_step and train.sbatch need the variable that this one sets.
     assert "#SBATCH --ntasks-per-node=1" in lines
 
@@ -447,7 +674,7 @@ def run_compress(folder, *arguments):
     return re.findall(r"^(?:\w+): job (\d+)", result.stdout, flags=re.MULTILINE)
 
 
-TWO_TASKS = ["--submit", "slurm", "--time=60", "--sbatch=--ntasks-per-node=2 --cpus-per-task=1 --signal=USR2@60"]
+TWO_TASKS = ["--submit", "slurm", "--time=60", "--sbatch=--ntasks-per-node=2 --cpus-per-task=1 --signal=B:USR2@60"]
 
 
 def end_soon(job):

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import lightning as L
 import pytest
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.loggers import CSVLogger
 
 import train
@@ -235,6 +237,47 @@ def test_weights_cannot_be_resumed_from(tiny_root, tiny_checkpoint, capsys):
     more = [DEVELOPMENT, *SMALL, f"--ckpt_path={tiny_checkpoint}"]
     error = one_line_error(arguments(tiny_root, *TEACHER, more=more), capsys)
     assert f"{tiny_checkpoint}: not a checkpoint that train.py saved" in error
+
+
+@pytest.fixture
+def task_of_a_job(monkeypatch):
+    """This process is the only task of a step, without the configuration for a cluster."""
+    monkeypatch.setenv("SLURM_JOB_NAME", "name")
+    for name, value in (("JOB_ID", "7"), ("NTASKS", "1"), ("NNODES", "1"), ("PROCID", "0"), ("LOCALID", "0")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_lightnings_own_checkpoints_for_clusters_are_left_alone(
+    command, task_of_a_job, tiny_root, tiny_checkpoint, tmp_path
+):
+    """They lie in a folder that another job may use."""
+    (tmp_path / "hpc_ckpt_1.ckpt").write_text("another job's")
+    weights = f"--model.init_args.weights={tiny_checkpoint}"
+    more = [DEVELOPMENT, *SMALL, weights, f"--trainer.default_root_dir={tmp_path}"]
+    cli = train.main(arguments(tiny_root, *TEACHER, more=more, command=command))
+    environment = cli.trainer._accelerator_connector.cluster_environment
+    assert isinstance(environment, SLURMEnvironment)
+    assert environment.auto_requeue is False
+    assert cli.trainer.ckpt_path is None
+
+
+def test_lightnings_own_checkpoint_for_clusters_cannot_be_asked_for(tiny_root, capsys):
+    error = one_line_error(arguments(tiny_root, *TEACHER, more=[DEVELOPMENT, *SMALL, "--ckpt_path=hpc"]), capsys)
+    assert "hpc: no such file; expected a checkpoint" in error
+
+
+@pytest.mark.parametrize(
+    ("environment", "together"),
+    [(SLURMEnvironment, True), (TorchElasticEnvironment, True), (LightningEnvironment, False)],
+)
+def test_processes_that_start_together_take_what_the_first_one_takes(environment, together, monkeypatch):
+    trainer = MagicMock(world_size=2)
+    trainer._accelerator_connector.cluster_environment = MagicMock(spec=environment)
+    monkeypatch.setattr(train, "decided_by_first_process", lambda trainer, choose: Path("first.ckpt"))
+    assert train._choose_together(trainer, lambda: Path("own.ckpt")) == Path("first.ckpt" if together else "own.ckpt")
+    assert trainer.strategy.setup_environment.called is together
 
 
 def test_empty_annotations_are_one_line(tiny_root, tmp_path, capsys):

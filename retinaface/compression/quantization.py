@@ -171,8 +171,8 @@ def prepare_for_training(network: RetinaFace, settings: QuantizationSettings) ->
     _free_convolutions(graph)
     _part_float_convolutions(graph, keep_float)
     quantizer = BackendQuantizer(settings.backend, keep_float, settings.averaging, settings.weight_bits)
-    # Where there is a GPU, torchao looks for its patterns as traced on that as well: in twice the time, with memory of the
-    # first GPU taken by every process. They are the same, and the graph is on the CPU.
+    # Where there is a GPU, torchao looks for its patterns as traced on that as well: in twice the time, with memory of
+    # the first GPU taken by every process. They are the same, and the graph is on the CPU.
     with patch("torch.cuda.is_available", return_value=False):
         prepared = prepare_qat_pt2e(graph, quantizer)
     return FakeQuantizedRetinaFace(prepared, network, settings).train(network.training)

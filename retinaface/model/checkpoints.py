@@ -49,15 +49,23 @@ def read_torch_file(path: Path | str, mmap: bool = False) -> Any:  # noqa: ANN40
     if path.suffix.lower() == ".onnx":
         raise InputError(f"{path}: is an ONNX file; expected a checkpoint (.pth or .ckpt)")
     if not mmap and is_zipfile(path) and not is_whole(path):
-        raise InputError(f"{path}: {DAMAGED}")
+        raise InputError(f"{path}: {DAMAGED}{_way_out(path)}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # whatever the bytes of another kind of file make of the unpickler
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"{path}: not a checkpoint that can be read safely ({reason[:160]}); expected a file written by torch.save "
-            "that holds only tensors and plain values"
+            f"that holds only tensors and plain values{_way_out(path)}"
         ) from error
+
+
+def _way_out(path: Path) -> str:
+    """What else to do about a damaged file that has the one before it beside it."""
+    previous = path.with_name(f"{path.name}.previous")
+    if not previous.is_file():
+        return ""
+    return f"; {previous.name} is the one before, from which compress.py goes on when the stage's ONNX file is deleted"
 
 
 def is_whole(path: Path) -> bool:

@@ -17,6 +17,7 @@ from callbacks import QuantizationAwareTraining, Requeue
 from lightning_modules import AtomicCheckpointIO
 from lightning_modules.checkpoint_io import newest_checkpoint
 from retinaface.compression.quantization import FakeQuantizedRetinaFace
+from retinaface.errors import InputError
 from retinaface.slurm import SAVED
 
 ROOT = Path(__file__).parents[2]
@@ -44,9 +45,12 @@ def requeued(monkeypatch):
     """The jobs that the cluster was asked to start again; this process is the only task of job 77."""
     for name, value in TASK.items():
         monkeypatch.setenv(name, value)
+    for name in ("SLURM_RESTART_COUNT", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
     calls = []
-    monkeypatch.setattr("callbacks.requeue.requeue_job", lambda: calls.append(os.environ["SLURM_JOB_ID"]) or True)
-    monkeypatch.setattr("callbacks.requeue.is_preempted", lambda: False)
+    monkeypatch.setattr("retinaface.slurm.requeue_job", lambda: calls.append(os.environ["SLURM_JOB_ID"]) or True)
+    for place in ("callbacks.requeue", "retinaface.slurm"):
+        monkeypatch.setattr(f"{place}.is_preempted", lambda: False)
     return calls
 
 
@@ -130,7 +134,7 @@ class Average(L.Callback):
         self.total = state["total"]
 
 
-def fit(folder, *more, ends=None):
+def fit(folder, *more, ends=None, epochs=EPOCHS):
     """Trains, from the newest checkpoint on; with ``Ask`` among the callbacks until that ends it."""
     ends = any(isinstance(callback, Ask) for callback in more) if ends is None else ends
     module, average = Module(), Average()
@@ -139,7 +143,7 @@ def fit(folder, *more, ends=None):
     )
     plugins = [AtomicCheckpointIO(), SLURMEnvironment(auto_requeue=False)]
     trainer = L.Trainer(
-        accelerator="cpu", max_epochs=EPOCHS, logger=False, default_root_dir=folder, enable_progress_bar=False,
+        accelerator="cpu", max_epochs=epochs, logger=False, default_root_dir=folder, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, plugins=plugins,
         callbacks=[average, *more, Requeue(), checkpoint],
     )  # fmt: skip
@@ -211,6 +215,119 @@ def test_after_the_training_the_cluster_is_asked_at_once(hook, tmp_path, requeue
     fit(tmp_path, Ask(signal.SIGUSR2, hook, EPOCHS * STEPS), ends=False)
     assert requeued == ["77"]
     assert (tmp_path / "last.ckpt").is_file()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("hook", ["setup", "on_fit_start"])
+def test_before_the_training_the_cluster_is_asked_at_once(hook, tmp_path, requeued):
+    """Other callbacks may search there for longer than the cluster waits."""
+
+    class Note(L.Callback):
+        def on_train_start(self, trainer, module):
+            assert requeued == ["77"]
+
+    fit(tmp_path, Ask(signal.SIGUSR2, hook, 0), Note())
+    assert requeued == ["77"]  # and not again after the first step, if it comes to that
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("start", "starts_again"),
+    [
+        pytest.param({}, True, id="first start"),
+        pytest.param({"SLURM_RESTART_COUNT": "1", "SLURM_STEP_ID": "0"}, False, id="second start"),
+        pytest.param({"SLURM_RESTART_COUNT": "1", "SLURM_STEP_ID": "1"}, True, id="after another stage"),
+    ],
+)
+@pytest.mark.parametrize("hook", ["setup", "on_fit_end"])
+def test_a_stage_that_trains_nothing_is_not_begun_for_ever(
+    hook, start, starts_again, tmp_path, requeued, monkeypatch, caplog
+):
+    for name, value in start.items():
+        monkeypatch.setenv(name, value)
+    with caplog.at_level("INFO"):
+        fit(tmp_path, Ask(signal.SIGUSR2, hook, 0), ends=False, epochs=0)
+    assert requeued == (["77"] if starts_again else [])
+    assert ("the time limit is too short for what must be done in one go" in caplog.text) is not starts_again
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_second_start_may_still_reach_a_step(tmp_path, requeued, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+
+    class Note(L.Callback):
+        def on_train_start(self, trainer, module):
+            assert requeued == []
+
+    fit(tmp_path, Ask(signal.SIGUSR2, "on_fit_start", 0), Note())
+    assert requeued == ["77"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_step_is_enough_to_start_again(tmp_path, requeued, monkeypatch):
+    for count in range(3):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(count))
+        fit(tmp_path, Ask(signal.SIGUSR2, "on_train_batch_start", count))
+    assert requeued == ["77"] * 3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_validation_is_not_begun_for_ever(tmp_path, requeued, monkeypatch, caplog):
+    for count in range(2):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(count))
+        with caplog.at_level("INFO"):
+            fit(tmp_path, Ask(signal.SIGUSR2, "on_validation_batch_start", 2, 1))
+    assert requeued == ["77"]  # the first time, after two steps
+    assert "the time limit is too short" in caplog.text
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A disk without room for ``requeued.ckpt``."""
+    save = AtomicCheckpointIO.save_checkpoint
+
+    def refuse(self, checkpoint, path, storage_options=None):
+        if Path(path).name == "requeued.ckpt":
+            raise InputError(f"{path}: cannot be written (No space left on device)")
+        save(self, checkpoint, path, storage_options)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", refuse)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("full_disk")
+@pytest.mark.parametrize(
+    ("count", "step", "starts_again"),
+    [
+        pytest.param("0", 0, True, id="first start"),
+        pytest.param("1", 0, False, id="second start"),
+        pytest.param("1", 2, True, id="behind a checkpoint"),
+    ],
+)
+def test_a_full_disk_does_not_end_it(count, step, starts_again, tmp_path, requeued, monkeypatch, caplog):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+    with caplog.at_level("INFO"):
+        fit(tmp_path, Ask(signal.SIGUSR2, "on_train_batch_start", step))
+    assert requeued == (["77"] if starts_again else [])
+    assert "cannot be written (No space left on device); it goes on from the checkpoint before" in caplog.text
+    assert "saved" not in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == ({"last.ckpt"} if step else set())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("full_disk")
+def test_loggers_on_a_full_disk_do_not_end_it_either(tmp_path, requeued):
+    class Full(DummyLogger):
+        def finalize(self, status):
+            if status == "requeued":
+                raise OSError("No space left on device")
+
+    class Log(L.Callback):
+        def on_fit_start(self, trainer, module):
+            trainer.loggers = [Full()]
+
+    fit(tmp_path, Ask(signal.SIGUSR2, "on_train_batch_start", 0), Log())
+    assert requeued == ["77"]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -346,7 +346,9 @@ def test_validation_measures_what_evaluate_does_and_starts_anew_each_time(tiny_r
     assert second["val/ap_all"] != first["val/ap_all"]
 
 
-def test_cudnn_does_not_try_all_its_ways_on_photos_of_every_size(tiny_root, tiny_checkpoint, quiet_trainer, monkeypatch):
+def test_cudnn_does_not_try_all_its_ways_on_photos_of_every_size(
+    tiny_root, tiny_checkpoint, quiet_trainer, monkeypatch
+):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     seen = []
     module = RetinaFaceModule(weights=str(tiny_checkpoint))

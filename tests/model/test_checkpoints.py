@@ -122,6 +122,21 @@ def test_truncated_and_absent_files(tmp_path, tiny_network, public_state):
         read_torch_file(tmp_path)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_way_out_where_the_checkpoint_before_is_there(tmp_path, whole):
+    path = tmp_path / "last.ckpt"
+    torch.save({"weight": torch.randn(1000)}, path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content if whole else content[: len(content) // 2])
+    with pytest.raises(InputError) as error:
+        read_torch_file(path)
+    assert "previous" not in str(error.value)
+    (tmp_path / "last.ckpt.previous").touch()
+    with pytest.raises(InputError, match=r"; last\.ckpt\.previous is the one before"):
+        read_torch_file(path)
+
+
 @pytest.mark.parametrize("prefix", ["", "module.", "module.body.", "body."])
 def test_backbone_weights(tmp_path, build_network, prefix):
     source = build_network().backbone.state_dict()
