@@ -274,19 +274,23 @@ def _run_stage(run: Run, stage: Stage, title: str) -> None:
         raise
     _finish(run.out / stage.name / "model.onnx", run.exported(stage.name))
     _notice.progress = True
+    # The stage was just in time; the next one would not be.
+    if run.cluster.srun and run.cluster.only is None and _notice.given and is_running():
+        _notice.requeue()
 
 
 def _answer_for(title: str, status: int) -> None:
     """Has the job start again if that is why a stage has ended and it has not seen to it; else says what follows."""
     if is_preempted():  # before there was a step to save after, or when there was none left
         requeue_job()
-    elif status != SAVED and not _notice.given:
+    elif _notice.given and (status < 0 or status > 128):  # ended by a signal: it was just beginning, and did not listen
+        if is_running():
+            _notice.requeue()
+    elif status != SAVED:
         _console.print(
             f"{title}: failed with status {status}; jobs that wait for it are cancelled. Submitted again, the recipe "
             "goes on here"
         )
-    elif status != SAVED and is_running():  # when it was just beginning or ending, and did not listen
-        _notice.requeue()
 
 
 def submit_recipe(run: Run) -> None:
@@ -656,4 +660,5 @@ def main(args: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the running stage ends as well
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # until it is answered, and when all is done: see retinaface.slurm
     main()

@@ -18,6 +18,7 @@ from typing import Any
 if __name__ == "__main__" and hasattr(signal, "pthread_sigmask"):
     # The imports take seconds, and a cluster may say within them that the time is over: it waits for callbacks.Requeue.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # nor is a fit that is over to fail by it
 
 from retinaface.processes import die_with_parent, keep_freed_memory
 
@@ -144,6 +145,7 @@ def _choose_together(trainer: L.Trainer, choose: Callable[[], str | Path | None]
     """
     if trainer.world_size == 1 or isinstance(_environment(trainer), LightningEnvironment):
         return choose()
+    _environment(trainer).validate_settings(trainer.num_devices, trainer.num_nodes)
     trainer.strategy.setup_environment()  # connects the processes; the fit finds them connected
     return decided_by_first_process(trainer, choose)
 

@@ -25,7 +25,8 @@ class ExportOnnx(L.Callback):
     Args:
         path: The ONNX file to write; by default ``model.onnx`` in the trainer's root folder.
         form: ``raw`` outputs, ``decoded`` boxes, scores and landmarks of every anchor, or faces, ``end_to_end``.
-        input: ``normalized``: float32 minus the mean colour; ``uint8``: the picture itself.
+        input: ``normalized``: float32 minus the mean colour; ``uint8``: the picture itself; ``bgr``, ``rgb``: the
+            picture with the channels last.
         size: Height and width in pixels that the file takes; None for any.
         batch: Pictures per call that the file takes; None for any number.
         score_threshold: ``end_to_end``: faces with a lower score are dropped.

@@ -20,7 +20,7 @@ from callbacks.first_process import decided_by_first_process
 from callbacks.image_logging import send_picture
 from lightning_modules import RetinaFaceModule
 from retinaface.compression.channel_groups import Gradients, Importance, loss_gradients
-from retinaface.compression.decision import digest, kept_decision
+from retinaface.compression.decision import data_settings, digest, kept_decision
 from retinaface.compression.pruning import Plan, PruningSettings, PruningTarget, Ranking, apply_plan, make_plan
 from retinaface.errors import InputError
 from retinaface.evaluation.benchmark import Timing
@@ -171,6 +171,9 @@ class ChannelPruning(L.Callback):
             "threads": self.threads,
             "structure": module.structure.to_plain(),
             "student": digest(module.network),
+            "data": data_settings(getattr(trainer, "datamodule", None)),
+            "loss": repr(module.loss),
+            "sensitivity": self.settings.sensitivity and Path(self.settings.sensitivity).read_text("utf-8"),
         }
         file = Path(trainer.default_root_dir) / "pruning.pt"
         return kept_decision(file, made_for, lambda: self._decide(trainer, module), rank_zero_info)

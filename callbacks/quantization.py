@@ -13,7 +13,7 @@ from typing_extensions import override
 from callbacks.first_process import decided_by_first_process
 from lightning_modules import RetinaFaceModule
 from retinaface.compression.calibration import CalibrationPictures
-from retinaface.compression.decision import digest, kept_decision
+from retinaface.compression.decision import data_settings, digest, kept_decision
 from retinaface.compression.quantization import (
     FakeQuantizedRetinaFace,
     QuantizationSettings,
@@ -154,6 +154,7 @@ class QuantizationAwareTraining(L.Callback):
             "threads": self.threads,
             "structure": module.structure.to_plain(),
             "student": digest(network),
+            "data": data_settings(getattr(trainer, "datamodule", None)),
         }
         file = Path(trainer.default_root_dir) / "keep_float.pt"
         return kept_decision(file, made_for, lambda: self._choose(trainer, network), rank_zero_info)

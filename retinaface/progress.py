@@ -55,8 +55,8 @@ def in_parallel(
         yield from map(work, with_progress(items, description))
         return
     with ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(work, item) for item in items]
         try:
+            futures = [pool.submit(work, item) for item in items]
             for future in with_progress(futures, description):
                 yield future.result()
         finally:

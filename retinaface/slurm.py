@@ -243,7 +243,7 @@ class Notice:
 
     @contextmanager
     def awaited(self) -> Iterator[None]:
-        """A context in which the signal is answered; outside it ends the process."""
+        """A context in which the signal is answered."""
         self.given = self.progress = False
         before = signal.signal(signal.SIGUSR2, self._answer)
         try:

@@ -19,6 +19,22 @@ def test_results_are_in_the_order_of_the_items_and_threads_share_them(threads):
     assert (threading.main_thread() in {thread for _, thread in results}) == (threads == 1)
 
 
+def test_an_interrupt_while_items_are_handed_out_leaves_them():
+    begun = []
+
+    def items():
+        yield from range(100)
+        raise KeyboardInterrupt
+
+    def work(item):
+        begun.append(item)
+        time.sleep(0.02)
+
+    with pytest.raises(KeyboardInterrupt):
+        list(in_parallel(work, items(), "working", 2))
+    assert len(begun) < 50
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_what_is_not_begun_when_it_fails_is_left(threads):
     begun = []

@@ -310,6 +310,9 @@ sys.exit({SAVED})
 DOES_NOT_LISTEN = "import os, signal, time; os.kill(os.getppid(), signal.SIGUSR2); time.sleep(60)"
 
 
+FAILS = SAVES.replace(f"sys.exit({SAVED})", "sys.exit(2)")
+
+
 def run_as_stage(monkeypatch, script):
     monkeypatch.setattr(compress, "as_step", lambda command: [sys.executable, "-c", script])
     with pytest.raises(SystemExit) as stop:
@@ -328,6 +331,25 @@ def test_a_training_that_does_not_listen_yet(state, asked, job, monkeypatch, cap
     assert run_as_stage(monkeypatch, DOES_NOT_LISTEN) == 128 + signal.SIGUSR2
     assert requeued(job) == (["requeue 7"] if asked else [])  # else it is in the queue already
     assert "failed with status" not in capsys.readouterr().out
+
+
+def test_a_training_that_fails_after_the_notice_has_failed(job, monkeypatch, capsys):
+    assert run_as_stage(monkeypatch, FAILS) == 2
+    assert requeued(job) == []
+    assert "teacher: failed with status 2; jobs that wait" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("only", "asked"), [([], True), (["--only", "teacher"], False)])
+def test_a_stage_that_ends_after_the_notice_is_the_last_one_of_the_job(only, asked, job, commands, monkeypatch):
+    run = compress._run
+
+    def run_and_notice(command):
+        run(command)
+        monkeypatch.setattr(compress._notice, "given", True)
+
+    monkeypatch.setattr(compress, "_run", run_and_notice)
+    compress.main(["recipe.yaml", "--out", "out", *only, "--srun"])
+    assert requeued(job)[:1] == (["requeue 7"] if asked else [])
 
 
 def test_a_stage_that_was_finished_is_progress(job, commands, monkeypatch):

@@ -58,6 +58,12 @@ def kept_decision(
     return decision
 
 
+def data_settings(data: object) -> dict[str, str]:
+    """What decides which pictures a data module gives, in words."""
+    names = ("root", "train_size", "batch_size", "seed", "limit", "labels", "transform")
+    return {name: repr(getattr(data, name, None)) for name in names}
+
+
 def digest(network: nn.Module) -> str:
     """A fingerprint of a network's parameters and buffers, names and shapes included."""
     found = hashlib.sha256()

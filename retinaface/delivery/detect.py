@@ -92,7 +92,7 @@ def detect_files(
     Raises:
         InputError: The folder cannot be written to, or has a ``detections.json`` or ``.csv`` that is not of a run.
     """
-    found: Found = {}
+    found: dict[Source, Detections | VideoDetections] = {}
     messages: list[str] = []
     sources = list(dict.fromkeys(sources))
     earlier = earlier_results(out)
@@ -105,17 +105,17 @@ def detect_files(
     except OSError as error:
         raise InputError(f"{out}: cannot be written to as a folder ({error.strerror}); choose another --out") from error
 
-    def look(photo: Source) -> tuple[Detections | None, str | None]:
-        """The faces in a photo, if it can be read, and what is wrong, if anything."""
+    def look(photo: Source) -> str | None:
+        """Finds what is in a photo, and says what is wrong, if anything; several threads do so at once."""
         try:
             picture = read_image(str(photo), upright=True)
         except InputError as error:
-            return None, str(error)
-        faces, drawn = find(picture)
-        copy = copies[photo]
-        if _write_picture(drawn, copy):
-            return faces, None
-        return faces, f"{photo}: no copy, as a {copy.suffix} file cannot hold it; convert it to PNG"
+            return str(error)
+        found[photo], drawn = find(picture)
+        if _write_picture(drawn, copies[photo]):
+            return None
+        copy = copies.pop(photo)
+        return f"{photo}: no copy, as a {copy.suffix} file cannot hold it; convert it to PNG"
 
     def find(picture: NDArray[np.uint8]) -> tuple[Detections, NDArray[np.uint8]]:
         faces = detector.detect(picture, score_threshold, nms_threshold, longest=longest)
@@ -126,14 +126,7 @@ def detect_files(
         for photos, group in groupby(sources, is_photo):
             here = list(group)
             if photos:
-                for source, (faces, message) in zip(
-                    here, in_parallel(look, here, "detecting", detector.callers), strict=True
-                ):
-                    if faces is not None:
-                        found[str(source)] = faces
-                    if message is not None:
-                        copies.pop(source)
-                        messages.append(message)
+                messages += filter(None, in_parallel(look, here, "detecting", detector.callers))
                 continue
             for source in here:
                 try:
@@ -143,17 +136,23 @@ def detect_files(
                     continue
                 in_video, interruption = _detect_video(find, video, copies[source])
                 if in_video.frames:
-                    found[str(source)] = in_video
+                    found[source] = in_video
                 if interruption is None and video.lacks(len(in_video.frames)):
                     messages.append(f"{source}: ends after {len(in_video.frames)} of {video.count} frames")
                 if interruption is not None and isinstance(source, Path):
                     raise interruption
     except BaseException:
         if found:
-            _write_results(found, copies, out)
+            _write_results(_by_name(found, sources), copies, out)
         raise
-    _write_results(found, copies, out)
-    return found, messages
+    result = _by_name(found, sources)
+    _write_results(result, copies, out)
+    return result, messages
+
+
+def _by_name(found: Mapping[Source, Detections | VideoDetections], sources: Sequence[Source]) -> Found:
+    """What was found, in the order of the sources."""
+    return {str(source): found[source] for source in sources if source in found}
 
 
 def _write_picture(picture: NDArray[np.uint8], copy: Path) -> bool:

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import onnx
 import torch
+from onnxruntime import InferenceSession
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -121,8 +122,7 @@ def export_onnx(
                 require_tensorrt_form(model)
             if settings.form == "end_to_end":
                 onnx.save(_without_score_threshold(model), unchecked)
-                every_anchor = OnnxForm(graph, network.config, replace(settings, score_threshold=0))
-                _check_outputs(every_anchor, network, unchecked, path.name, photos=())
+                _check_suppression(OnnxForm(graph, network.config, replace(settings, score_threshold=0)), unchecked)
             onnx.save(model, unchecked)
             _check_outputs(form, network, unchecked, path.name, photos)
             _keep_outputs(model.graph, settings.output_names)
@@ -168,7 +168,7 @@ def recorded_facts(checkpoint: Path) -> dict[str, Any]:
     Raises:
         InputError: The file cannot be read.
     """
-    content = read_torch_file(checkpoint, mmap=checkpoint.suffix == ".ckpt")
+    content = read_torch_file(checkpoint)
     facts = content if isinstance(content, Mapping) else {}
     return {name: facts[name] for name in ("trained_on", "average_precision") if facts.get(name)}
 
@@ -291,7 +291,7 @@ def _shorten_names(graph: onnx.GraphProto) -> None:
 
 
 def _drop_defaults(graph: onnx.GraphProto) -> None:
-    """Takes from convolutions what ONNX takes them to be where nothing is said."""
+    """Takes from convolutions most of what ONNX takes them to be where nothing is said."""
     for node in graph.node:
         if node.op_type == "Conv":
             said = [
@@ -315,30 +315,46 @@ def _part_zero_points(graph: onnx.GraphProto) -> None:
         if node.input[2] in taken:
             own = graph.initializer.add()
             own.CopyFrom(constants[node.input[2]])
-            own.name = f"{node.input[0]}_zero_point"
+            own.name = f"{node.input[0]}_zero"
             node.input[2] = own.name
         taken.add(node.input[2])
 
 
 def _check_outputs(form: OnnxForm, network: Network, path: Path, name: str, photos: Sequence[Path]) -> None:
     """Compares a file that gives the outputs of every step with torch."""
-    # Where sums saturate the file is not to blame: ONNX Runtime can be told to compute exactly there.
-    session = open_session(path, entries={"session.x64quantprecision": "1"} if saturates_int8() else None)
+    session = _exact_session(path)
     quantized = deepcopy(network).cpu().eval() if isinstance(network, FakeQuantizedRetinaFace) else None
     compared: list[Tensor] = []
     for pictures in check_pictures(form.settings, photos, quantized is not None):
         images = normalize(pictures)
-        arrays = session.run(list(form.settings.step_names), {INPUT_NAME: form.settings.feed(pictures).numpy()})
-        class_logits, box_deltas, landmark_deltas, *later = map(torch.from_numpy, arrays)
-        raw = (class_logits, box_deltas, landmark_deltas)
+        raw, later = _run_steps(session, form.settings, pictures)
         with torch.no_grad():
             exact = None
             if quantized is not None:
                 with quantized.without_rounding():
                     exact = quantized(images)
             compared.append(compare_outputs(form.network(images), exact, raw))
-            _check_steps(form, raw, later, (images.shape[2], images.shape[3]), name)
+            _check_steps(form, raw, later, name, pictures)
     require_within(compared, quantized is not None, OUTPUT_NAMES, f"{name}: {{}} of ONNX Runtime")
+
+
+def _check_suppression(form: OnnxForm, path: Path) -> None:
+    """Compares a file that gives the outputs of every step, and takes every anchor for a face, with torch."""
+    session = _exact_session(path)
+    for pictures in check_pictures(form.settings, (), int8=False):
+        _check_steps(form, *_run_steps(session, form.settings, pictures), path.name, pictures)
+
+
+def _exact_session(path: Path) -> InferenceSession:
+    # Where sums saturate the file is not to blame: ONNX Runtime can be told to compute exactly there.
+    return open_session(path, entries={"session.x64quantprecision": "1"} if saturates_int8() else None)
+
+
+def _run_steps(session: InferenceSession, settings: OnnxSettings, pictures: Tensor) -> tuple[Outputs, list[Tensor]]:
+    """Raw outputs, and those of every later step."""
+    arrays = session.run(list(settings.step_names), {INPUT_NAME: settings.feed(pictures).numpy()})
+    class_logits, box_deltas, landmark_deltas, *later = map(torch.from_numpy, arrays)
+    return (class_logits, box_deltas, landmark_deltas), later
 
 
 def check_pictures(settings: OnnxSettings, photos: Sequence[Path], int8: bool) -> Iterator[Tensor]:
@@ -417,14 +433,14 @@ def require_within(compared: Sequence[Tensor], int8: bool, names: Sequence[str],
                 )
 
 
-def _check_steps(form: OnnxForm, raw: Outputs, found: Sequence[Tensor], size: tuple[int, int], file: str) -> None:
+def _check_steps(form: OnnxForm, raw: Outputs, found: Sequence[Tensor], file: str, pictures: Tensor) -> None:
     """Compares each later step with what torch makes of the very numbers that the step before gave.
 
     So rounding in the network, which moves scores over a threshold and boxes over an overlap, is no matter here.
     """
     wanted: list[Tensor] = []
     if form.settings.form != "raw":
-        wanted += decode(raw, *size, form.config)
+        wanted += decode(raw, pictures.shape[2], pictures.shape[3], form.config)
     if form.settings.form == "end_to_end":
         boxes, scores, landmarks = found[:3]
         wanted += form.select((boxes, scores, landmarks))

@@ -186,6 +186,7 @@ def _kept_anchors(boxes: Tensor, scores: Tensor, score_threshold: float, nms_thr
         ``(N, 3)`` int64: picture, 0 (the class) and anchor of each kept box; picture after picture, best first.
     """
     found = []
+    nms_threshold = float(np.float32(nms_threshold))  # as in ONNX
     for picture, picture_scores in enumerate(scores):
         best, candidates = best_anchors(picture_scores, score_threshold)
         kept = candidates[suppress(boxes[picture, candidates], best, nms_threshold, KEEP)]

@@ -26,6 +26,9 @@ from retinaface.model.postprocess import Detections, postprocess
 # Parts of the names of providers and devices that leave the CPU alone.
 _NOT_THE_CPU = ("cuda", "tensorrt", "rocm", "migraphx", "coreml", "dml", "gpu", "npu", "qnn", "cann")
 
+# Each has a photo in memory, and threads of its own for what is computed in torch.
+_MOST_CALLERS = 8
+
 RuntimeChoice = Literal["auto", "torch", "onnxruntime", "openvino"]
 
 
@@ -209,8 +212,8 @@ def load_detector(
         device: Where torch (``cpu``, ``cuda``, ``cuda:1``, ``mps``) or OpenVINO (``CPU``, ``GPU``) computes; by default
             the CPU.
         many: Whether it is for many pictures, and :attr:`Detector.callers` threads will share them. In ONNX Runtime on
-            the CPU one thread computes for each of these then, unless ``threads`` says otherwise: that is faster, but
-            for a single picture slower.
+            the CPU these have the CPUs to share then, unless ``threads`` says otherwise: that is faster, but for a
+            single picture slower.
 
     Returns:
         The detector.
@@ -232,7 +235,8 @@ def load_detector(
         return _load_torch(path, threads, device or "cpu")
     if chosen == "onnxruntime":
         if many and threads is None and not providers:
-            threads, callers = 1, usable_cpus()
+            callers = min(usable_cpus(), _MOST_CALLERS)
+            threads = usable_cpus() // callers
         run = OnnxRuntime(path, threads or usable_cpus(), providers)
     else:
         run = OpenVinoRuntime(path, threads, device or "CPU")

@@ -198,8 +198,8 @@ def time_in_turns(
     Shows a progress bar on standard error where that is a terminal.
 
     Args:
-        models: ONNX files with one image input ``(batch, 3, height, width)`` of float32, float16 or uint8, and for
-            torch checkpoints, which run with simulated INT8 if they are quantized.
+        models: ONNX files with one image input, ``(batch, 3, height, width)`` or ``(batch, height, width, 3)``, of
+            float32, float16 or uint8, and for torch checkpoints, which run with simulated INT8 if they are quantized.
         runtimes: what runs them, each with its own defaults.
         size: of the input in pixels: the side of a square, or height and width.
         threads: threads to compute with, for torch those of the whole process; None takes every physical core that

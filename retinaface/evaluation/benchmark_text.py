@@ -92,7 +92,7 @@ def benchmark_markdown(
         "Models and runtimes take turns, so that what disturbs one disturbs the others; raw outputs, without "
         "post-processing. Times are medians, ratios the medians over the rounds of the first row's time / this row's, "
         "both with their 10-90 % range. Faster or slower is what a 95 % interval tells from 1 and is "
-        f"{100 * SAME:.0f} % or more; all else is noise.",
+        f"more than {100 * SAME:.0f} %; all else is noise.",
     ]
     for rounds in every:
         lines += ["", f"## {describe_rounds(rounds)}", "", *_markdown(_TIMING_HEADINGS, _timing_rows(rounds))]

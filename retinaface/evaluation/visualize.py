@@ -3,6 +3,7 @@
 Photos are ``(H, W, 3)`` uint8 in BGR; the drawing functions return a copy and leave their input alone.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -303,7 +304,7 @@ def plot_training(figures: Mapping[str, Mapping[int, float]], path: Path) -> Non
         axes.set_ylabel(title)
         if title != "learning rate":  # its groups have the rates of parts of the network, mostly the same
             axes.legend(frameon=False, ncols=2)
-        highest = max(max(line.values()) for line in lines.values())
+        highest = max((value for line in lines.values() for value in line.values() if math.isfinite(value)), default=0)
         axes.set_ylim(0, 1.1 * highest or None)
         _tidy(axes)
     every[-1].set_xlabel("training step")

@@ -72,7 +72,7 @@ def test_without_a_network_the_run_goes_on_here_and_that_is_said(wandb_offline, 
         port = server.getsockname()[1]  # nobody answers there from now on
     said, folder = [], tmp_path / "my run"
     wandb.teardown()  # W&B reads its environment once
-    for name, value in (("BASE_URL", f"http://127.0.0.1:{port}"), ("API_KEY", "a" * 40), ("INIT_TIMEOUT", "1")):
+    for name, value in (("BASE_URL", f"http://127.0.0.1:{port}"), ("API_KEY", "a" * 40), ("INIT_TIMEOUT", "5")):
         monkeypatch.setenv(f"WANDB_{name}", value)
     monkeypatch.setenv("WANDB_RUN_ID", "mine-1-pruned")
     monkeypatch.setattr(wandb, "termwarn", lambda text, **_: said.append(text))

@@ -238,6 +238,14 @@ def test_pictures_as_programs_have_them(network, tmp_path):
     assert torch.equal(OnnxSettings(input="bgr").feed(planes), torch.from_numpy(photo))
 
 
+def test_an_overlap_at_the_threshold_is_what_it_is_in_onnx(network):
+    boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 6]]])  # they overlap by 0.6, as float32 has it
+    form = OnnxForm(network, network.config, OnnxSettings("end_to_end", nms_threshold=0.6))
+    assert form.select((boxes, torch.tensor([[0.9, 0.8]]), torch.zeros(1, 2, 5, 2)))[1].tolist() == pytest.approx(
+        [0.9, 0.8]
+    )
+
+
 def test_a_suppression_that_is_wrong_is_found_without_a_face(network, every_step, monkeypatch, tmp_path):
     monkeypatch.setattr("retinaface.delivery.export._to_onnx", exported_as(every_step))
     other = replace(FACES, nms_threshold=0.1, score_threshold=1)  # what it does as the file does is 0.4

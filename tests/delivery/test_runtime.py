@@ -181,17 +181,18 @@ def test_callers_at_once_get_what_they_get_one_after_the_other(detector):
 
 
 @pytest.mark.parametrize(
-    ("options", "threads", "callers"),
+    ("options", "cpus", "threads", "callers"),
     [
-        ({}, 3, 1),
-        ({"many": True}, 1, 3),
-        ({"many": True, "threads": 2}, 2, 1),
-        ({"many": True, "providers": ["CPU"]}, 3, 1),
+        ({}, 3, 3, 1),
+        ({"many": True}, 3, 1, 3),
+        ({"many": True}, 40, 5, 8),
+        ({"many": True, "threads": 2}, 3, 2, 1),
+        ({"many": True, "providers": ["CPU"]}, 3, 3, 1),
     ],
 )
-def test_many_pictures_are_shared_by_callers_with_a_thread_each(onnx_files, monkeypatch, options, threads, callers):
+def test_many_pictures_are_shared_by_callers(onnx_files, monkeypatch, options, cpus, threads, callers):
     opened = []
-    monkeypatch.setattr("retinaface.delivery.runtime.usable_cpus", lambda: 3)
+    monkeypatch.setattr("retinaface.delivery.runtime.usable_cpus", lambda: cpus)
     monkeypatch.setattr("retinaface.delivery.runtime.open_session", lambda _, count, **__: opened.append(count))
     assert load_detector(onnx_files["float"], **options).callers == callers
     assert opened == [threads]

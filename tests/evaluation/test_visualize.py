@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -291,6 +292,9 @@ def test_training_has_a_panel_for_what_was_logged(tmp_path):
     plot_training(losses, tmp_path / "losses.svg")
     assert "learning rate" not in svg_text(tmp_path / "losses.svg")
     assert "AP" not in svg_text(tmp_path / "losses.svg")
+    unknown = {"val/ap_all": {12: math.nan}, "val/ap_easy": {12: 0.5}}
+    plot_training(unknown, tmp_path / "unknown.svg")
+    plot_training({"val/ap_all": {12: math.nan}}, tmp_path / "nothing.svg")
     with pytest.raises(ValueError, match="no losses"):
         plot_training({}, tmp_path / "none.svg")
 

@@ -222,7 +222,8 @@ function start() {
   const asked = new URLSearchParams(location.search);
   element("score").value = asked.get("score") ?? facts.defaults.score_threshold;
   element("score").dispatchEvent(new Event("input"));
-  if (asked.has("side")) element("side").value = asked.get("side");
+  const side = [...element("side").options].find((option) => option.value === asked.get("side"));
+  if (side) side.selected = true;
   element("choose").disabled = false;
   element("camera").disabled = !navigator.mediaDevices; // browsers have it for https and localhost only
   say(navigator.mediaDevices ? "" : "The camera needs an https address, or localhost.");
