@@ -122,7 +122,8 @@ def export_onnx(
                 require_tensorrt_form(model)
             if settings.form == "end_to_end":
                 onnx.save(_without_score_threshold(model), unchecked)
-                _check_suppression(OnnxForm(graph, network.config, replace(settings, score_threshold=0)), unchecked)
+                every_anchor = OnnxForm(graph, network.config, replace(settings, score_threshold=0))
+                _check_suppression(every_anchor, unchecked, path.name)
             onnx.save(model, unchecked)
             _check_outputs(form, network, unchecked, path.name, photos)
             _keep_outputs(model.graph, settings.output_names)
@@ -338,11 +339,11 @@ def _check_outputs(form: OnnxForm, network: Network, path: Path, name: str, phot
     require_within(compared, quantized is not None, OUTPUT_NAMES, f"{name}: {{}} of ONNX Runtime")
 
 
-def _check_suppression(form: OnnxForm, path: Path) -> None:
+def _check_suppression(form: OnnxForm, path: Path, name: str) -> None:
     """Compares a file that gives the outputs of every step, and takes every anchor for a face, with torch."""
     session = _exact_session(path)
     for pictures in check_pictures(form.settings, (), int8=False):
-        _check_steps(form, *_run_steps(session, form.settings, pictures), path.name, pictures)
+        _check_steps(form, *_run_steps(session, form.settings, pictures), name, pictures)
 
 
 def _exact_session(path: Path) -> InferenceSession:
