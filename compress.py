@@ -19,7 +19,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
 import yaml  # type: ignore[import-untyped]
@@ -42,6 +42,9 @@ from retinaface.slurm import (
     submit_job,
 )
 from retinaface.whole_file import whole_file
+
+if TYPE_CHECKING:
+    from retinaface.data.annotations import Sample
 
 PROJECT = Path(__file__).resolve().parent
 CONFIGS = PROJECT / "configs"
@@ -370,21 +373,24 @@ def _finish(model: Path, exported: Path) -> None:
 def _check_data(run: Run) -> None:
     """Finds what is wrong with the input before minutes have passed."""
     if not any("synthetic" in name for stage in run.recipe.stages for name in stage.config):
-        from retinaface.data.annotations import load_split, load_unlabelled
         from retinaface.data.wider_archives import prepare_root
 
         commands = [run.arguments(stage) for stage in run.recipe.stages]
         prepare_root(run.root, download=any(_switched_on(command, "download", default=False) for command in commands))
-        labelled = _has_labels(run)
-        if not labelled and run.out.is_relative_to(run.root):
+        if not _has_labels(run) and run.out.is_relative_to(run.root):
             raise InputError(f"{run.out}: lies within {run.root}, whose photos are all read; choose another --out")
-        load = load_split if labelled else load_unlabelled
-        for split in ("train", "val"):
-            load(run.root, split)
+        _load(run, "train")
+        _load(run, "val")
     if run.weights is not None:
         from retinaface.compression.structure import load_float_network
 
         load_float_network(run.weights)
+
+
+def _load(run: Run, split: Literal["train", "val"]) -> "Sequence[Sample]":
+    from retinaface.data.annotations import load_split, load_unlabelled
+
+    return (load_split if _has_labels(run) else load_unlabelled)(run.root, split)
 
 
 def _switched_on(arguments: Sequence[str], name: str, default: bool) -> bool:
@@ -558,12 +564,13 @@ def _given_teacher(run: Run) -> dict[str, Path]:
     if run.weights is None or "teacher" in names or not teaches:
         return {}
     from retinaface.compression.structure import load_network
+    from retinaface.data.annotations import evenly_spread
     from retinaface.delivery.export import export_onnx
 
     exported = run.out / "teacher.onnx"
     if not exported.is_file():
         network, _ = load_network(run.weights)
-        export_onnx(network, exported)
+        export_onnx(network, exported, photos=[sample.path for sample in evenly_spread(_load(run, "val"), 2)])
     return {"teacher": run.weights}
 
 

@@ -624,7 +624,8 @@ def test_weights_that_teach_are_the_first_model_of_the_report(tiny_checkpoint, t
 
     monkeypatch.setattr("retinaface.evaluation.report.build_report", build_report)
 
-    def export_onnx(network, path):
+    def export_onnx(network, path, photos):
+        assert len(photos) == 2
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(type(network).__name__)
 
