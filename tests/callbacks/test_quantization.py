@@ -65,6 +65,7 @@ def test_statistics_and_ranges_move_in_training_alone_until_they_freeze(tiny_roo
         assert not moved(watch.validated[1][kind], watch.trained[2][kind])  # frozen: 2 of 3 epochs are over
 
 
+@pytest.mark.slow  # test_mixed_precision_changes_nothing looks at a single step
 def test_mixed_precision_trains_and_validates_the_same_student(tiny_root, tiny_checkpoint, tmp_path):
     found = []
     for precision in ("32-true", "bf16-mixed"):
@@ -87,7 +88,7 @@ def test_mixed_precision_trains_and_validates_the_same_student(tiny_root, tiny_c
     assert mixed_ap == precise_ap > 0
 
 
-@pytest.mark.parametrize("stage", ["teacher", "prune", "qat"])
+@pytest.mark.parametrize("stage", ["teacher", "prune", pytest.param("qat", marks=pytest.mark.slow)])
 def test_stages_take_a_step_in_mixed_precision(
     stage, tiny_root, tiny_checkpoint, tmp_path, make_stage_arguments, run_stage
 ):
@@ -200,6 +201,7 @@ def test_what_stays_in_float_is_chosen_on_training_photos(quantized_run, asked, 
     assert cli.model.structure.quantization.keep_float == ("fpn",)
 
 
+@pytest.mark.slow
 def test_a_choice_outlives_a_fit_that_was_killed_before_its_first_checkpoint(quantized_run, asked, tmp_path, run_stage):
     arguments = [*quantized_run.arguments, AUTO, "--trainer.max_epochs=1"]
     states = []
