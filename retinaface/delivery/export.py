@@ -51,8 +51,13 @@ _SHORT_NAMES = {
     "quantize_per_tensor": "q",
 }
 
-# Of a convolution, by ONNX's definition of opset 11.
-_DEFAULTS = {"auto_pad": b"NOTSET", "dilations": [1, 1], "group": 1}
+# What ONNX takes attributes of operations to be where nothing is said.
+_DEFAULTS: Mapping[str, Mapping[str, object]] = {
+    "Conv": {"auto_pad": b"NOTSET", "dilations": [1, 1], "group": 1, "pads": [0] * 4, "strides": [1, 1]},
+    "QuantizeLinear": {"axis": 1},
+    "DequantizeLinear": {"axis": 1},
+    "Reshape": {"allowzero": 0},
+}
 
 # Largest difference between ONNX Runtime and torch. Float: of any number, relative to the spread of torch's output.
 # INT8: the mean over all pictures, relative to what the rounding to INT8 costs: a value that falls on the other side of
@@ -292,14 +297,12 @@ def _shorten_names(graph: onnx.GraphProto) -> None:
 
 
 def _drop_defaults(graph: onnx.GraphProto) -> None:
-    """Takes from convolutions most of what ONNX takes them to be where nothing is said."""
+    """Takes from operations what need not be said."""
     for node in graph.node:
-        if node.op_type == "Conv":
-            said = [
-                each for each in node.attribute if onnx.helper.get_attribute_value(each) != _DEFAULTS.get(each.name)
-            ]
-            del node.attribute[:]
-            node.attribute.extend(said)
+        defaults = _DEFAULTS.get(node.op_type, {})
+        said = [each for each in node.attribute if onnx.helper.get_attribute_value(each) != defaults.get(each.name)]
+        del node.attribute[:]
+        node.attribute.extend(said)
 
 
 def _part_zero_points(graph: onnx.GraphProto) -> None:
