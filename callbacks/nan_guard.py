@@ -1,6 +1,5 @@
 """Stops a training whose loss is no longer a number, while the weights still are."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing_extensions import override
 
 from retinaface.errors import InputError
 from retinaface.evaluation.visualize import contact_sheet, draw_training_batch
+from retinaface.model.checkpoints import write_torch_file
 from retinaface.whole_file import whole_file
 
 Batch = dict[str, Any]
@@ -110,18 +110,15 @@ def _stop(trainer: L.Trainer, what: str, batches: Sequence[Batch]) -> str:
 
 def _write(batch: Batch, more: dict[str, Any], file: Path) -> None:
     """Writes a batch, and a picture of it beside; raises an OSError where either cannot be written."""
-    content = io.BytesIO()  # on a full disk torch.save itself would raise something else
-    torch.save({**batch, **more}, content)
+    write_torch_file({**batch, **more}, file)
     drawable = {
         key: value.nan_to_num(0, 0, 0) if value.is_floating_point() else value
         for key, value in batch.items()
         if isinstance(value, Tensor)
     }
     _, picture = cv2.imencode(".jpg", contact_sheet(draw_training_batch(drawable)))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    for path, written in ((file, content.getbuffer()), (file.with_suffix(".jpg"), picture.data)):
-        with whole_file(path) as part:
-            part.write_bytes(written)
+    with whole_file(file.with_suffix(".jpg")) as part:
+        part.write_bytes(picture.data)
 
 
 def _when(trainer: L.Trainer) -> str:

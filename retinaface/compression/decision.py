@@ -1,7 +1,6 @@
 """Decisions that took minutes and rest on timings, in a file: a training that is killed early goes on with them."""
 
 import hashlib
-import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,8 +9,7 @@ import torch
 from torch import nn
 
 from retinaface.errors import InputError
-from retinaface.model.checkpoints import read_torch_file
-from retinaface.whole_file import whole_file
+from retinaface.model.checkpoints import read_torch_file, write_torch_file
 
 _T = TypeVar("_T")
 
@@ -45,12 +43,8 @@ def kept_decision(
         except (InputError, KeyError, TypeError):
             report(f"{file}: is damaged, so it is decided anew")
     decision = decide()
-    written = io.BytesIO()  # on a full disk torch.save itself would raise something else
-    torch.save({"made_for": dict(made_for), "decision": decision}, written)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(file) as part:
-            part.write_bytes(written.getbuffer())
+        write_torch_file({"made_for": dict(made_for), "decision": decision}, file)
     except OSError as error:
         raise InputError(
             f"{file}: cannot be written ({error.strerror or error}); make room, or choose another folder"

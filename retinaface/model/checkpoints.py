@@ -1,5 +1,6 @@
 """Reading files of weights, and those that others published."""
 
+import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from retinaface.errors import InputError
 from retinaface.model.network import PYRAMID_CHANNELS, Activation, Backbone, NetworkConfig, RetinaFace
+from retinaface.whole_file import whole_file
 
 DAMAGED = (
     "damaged, its checksums do not fit its content; restore it, or start without it (if it was saved without any, by "
@@ -66,6 +68,19 @@ def _way_out(path: Path) -> str:
     if not previous.is_file():
         return ""
     return f"; {previous.name} is the one before, from which compress.py goes on when the stage's ONNX file is deleted"
+
+
+def write_torch_file(content: object, path: Path) -> None:
+    """Writes what :func:`read_torch_file` reads, whole or not at all; makes the folder if need be.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    written = io.BytesIO()  # on a full disk torch.save itself would raise something else
+    torch.save(content, written)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as part:
+        part.write_bytes(written.getbuffer())
 
 
 def is_whole(path: Path) -> bool:
