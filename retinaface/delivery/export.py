@@ -27,6 +27,7 @@ from retinaface.data.annotations import MEAN_BGR, read_image
 from retinaface.delivery.onnx_forms import KEEP, RAW_NAMES, TRANSLATIONS, OnnxForm, OnnxSettings, decode
 from retinaface.delivery.session import open_session
 from retinaface.delivery.tensorrt import require_tensorrt_form
+from retinaface.delivery.upsampling import upsample_by_copying
 from retinaface.errors import InputError
 from retinaface.model.boxes import VARIANCES
 from retinaface.model.checkpoints import read_torch_file
@@ -123,7 +124,10 @@ def export_onnx(
             facts = {"opset": OPSET, **file_facts(network, settings)}
             facts |= _known(trained_on=trained_on, average_precision=average_precision)
             onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(facts)})
-            if isinstance(network, FakeQuantizedRetinaFace) and network.settings.backend == "tensorrt":
+            backend = network.settings.backend if isinstance(network, FakeQuantizedRetinaFace) else None
+            if backend == "onnxruntime":
+                upsample_by_copying(model.graph)
+            if backend == "tensorrt":
                 require_tensorrt_form(model)
             if settings.form == "end_to_end":
                 onnx.save(_without_score_threshold(model), unchecked)
