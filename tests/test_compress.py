@@ -611,6 +611,42 @@ def test_quickstart_from_start_to_report(tmp_path):
     assert changed == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.ckpt")}
 
 
+@pytest.mark.slow
+def test_a_whole_recipe_is_on_the_dashboard(wandb_offline, tmp_path):
+    """As a group of runs, a stage each, of which each starts from models that another one made."""
+    photos = ("--data.init_args.train_photos=16", "--data.init_args.val_photos=6", "--data.init_args.photo_size=128")
+    folders = ("--data.root", tmp_path / "photos", "--out", tmp_path / "mine")
+    options = [*SMALL, NARROW, *photos, "--trainer.max_epochs=1", "--config", ROOT / "configs" / "wandb.yaml"]
+    result = run_compress(RECIPES / "quickstart.yaml", *folders, *options)
+    assert result.returncode == 0, result.stderr
+    runs = {run.run.job_type: run for run in wandb_offline()}
+    assert [*runs] == ["teacher", "pruned", "ptq", "int8", "report"]
+    assert len({run.run.run_group for run in runs.values()}) == 1
+
+    def models(artifacts):
+        # W&B takes artifacts of one name and digest for one.
+        return {artifact.name: artifact.digest for artifact in artifacts if artifact.type == "model"}
+
+    made = {name: digest for run in runs.values() for name, digest in models(run.made).items()}
+    assert [*made] == ["mine-teacher", "mine-pruned", "mine-ptq", "mine-int8"]
+    used = {name: models(run.used) for name, run in runs.items()}
+    assert {name: [*each] for name, each in used.items()} == {
+        "teacher": [],
+        "pruned": ["mine-teacher"],
+        "ptq": ["mine-pruned"],
+        "int8": ["mine-pruned", "mine-teacher"],
+        "report": [*made],
+    }
+    assert all(made[name] == digest for each in used.values() for name, digest in each.items())
+    for name in ("teacher", "pruned", "int8"):
+        assert len(runs[name].history["val/ap_all"]) == 1, name
+    files = runs["report"].file.parent / "files"
+    table = json.loads((files / runs["report"].history["report/models"][0]["path"]).read_text())
+    assert [row[0] for row in table["data"]] == ["teacher", "pruned", "ptq", "int8"]
+    assert (files / runs["report"].history["report/page"][0]["path"]).is_file()
+    assert runs["report"].summary["speedup"] == json.loads((tmp_path / "mine" / "report.json").read_text())["speedup"]
+
+
 def test_weights_that_teach_are_the_first_model_of_the_report(tiny_checkpoint, tiny_root, tmp_path, monkeypatch):
     seen = {}
 

@@ -588,7 +588,11 @@ SlurmdSpoolDir={folder}/slurmd
 StateSaveLocation={folder}/slurmctld
 ReturnToService=2
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=grace Nodes=ALL MaxTime=INFINITE State=UP GraceTime=120
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 """
 SLOW = """
 import os, time
@@ -705,43 +709,91 @@ def end_soon(job):
     subprocess.run(["scontrol", "update", f"jobid={job}", f"TimeLimit={int(minutes) + 2}"], check=True)
 
 
-@pytest.mark.slow
-def test_a_job_whose_time_is_over_goes_on_and_the_chain_ends(real_cluster, tmp_path):
-    write_real_recipe(tmp_path)
-    (tmp_path / "slow.py").write_text(SLOW)
-    wait = "--teacher.trainer.callbacks+=slow.WaitForTheEnd"
-    teacher, *_ = jobs = run_compress(tmp_path, "--out", "cut", wait, *TWO_TASKS)
-    logs = tmp_path / "cut" / "slurm"
-    saved = tmp_path / "cut" / "teacher" / "checkpoints" / "requeued.ckpt"
-    assert wait_until((tmp_path / "cut" / "teacher" / "waiting").exists, 400), ask("squeue")
-    end_soon(teacher)
-    assert wait_until(lambda: "Restarts=1" in ask("scontrol", "show", "job", teacher), 200), ask("squeue")
-    assert torch.load(saved, weights_only=True)["global_step"] == 3  # with the step that it was in
-    assert wait_until(lambda: "JobState=PENDING" in ask("scontrol", "show", "job", teacher), 60)
-    now = ["StartTime=now", "TimeLimit=60"]  # instead of in two minutes, for two minutes
-    subprocess.run(["scontrol", "update", f"jobid={teacher}", *now], check=True)
+STAGES = ("teacher", "pruned", "ptq", "int8", "report")
+
+
+@pytest.fixture
+def submit_cut(real_cluster, tmp_path):
+    """Submits a recipe as a chain of jobs, whose first one waits in its third step for an end."""
+
+    def submit(*options):
+        write_real_recipe(tmp_path)
+        (tmp_path / "slow.py").write_text(SLOW)
+        jobs = run_compress(
+            tmp_path, "--out", "cut", "--teacher.trainer.callbacks+=slow.WaitForTheEnd", *TWO_TASKS, *options
+        )
+        assert wait_until((tmp_path / "cut" / "teacher" / "waiting").exists, 400), ask("squeue")
+        return jobs
+
+    return submit
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of the same recipe, run without a cluster and to the end."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_real_recipe(folder)
+    run_compress(folder, "--out", "whole", "--trainer.devices=2")
+    return folder / "whole"
+
+
+def restarts(job):
+    return "Restarts=1" in ask("scontrol", "show", "job", job)
+
+
+def finish(jobs, folder):
+    """Starts the first job again, waits for the end of all, and gives their logs."""
+    assert wait_until(lambda: "JobState=PENDING" in ask("scontrol", "show", "job", jobs[0]), 60)
+    now = ["StartTime=now", "TimeLimit=60"]  # instead of in two minutes, and for as long as was left
+    subprocess.run(["scontrol", "update", f"jobid={jobs[0]}", *now], check=True)
     assert wait_until(lambda: not ask("squeue", "-h", f"--jobs={','.join(jobs)}"), 1200), ask("squeue")
+    logs = folder / "cut" / "slurm"
     output = {name: (logs / f"{name}-{job}.log").read_text() for name, job in zip(STAGES, jobs, strict=True)}
-    assert "requeue: the time is over in epoch 0, step 3" in output["teacher"]
-    assert "[1/4] teacher: resuming" in output["teacher"]
     assert "did not take the job back" not in output["teacher"]
     assert "Traceback" not in output["teacher"]
     assert "report.md" in output["report"]
-    assert (tmp_path / "cut" / "report.json").is_file()
-    assert not saved.exists()
+    assert (folder / "cut" / "report.json").is_file()
+    return output
 
-    run_compress(tmp_path, "--out", "whole", "--trainer.devices=2")
+
+def require_equal(cut_run, whole_run):
     for name, steps in (("teacher", 8), ("pruned", 4), ("ptq", 0), ("int8", 4)):
         cut, whole = (
-            torch.load(tmp_path / run / name / "checkpoints" / "last.ckpt", weights_only=True)
-            for run in ("cut", "whole")
+            torch.load(run / name / "checkpoints" / "last.ckpt", weights_only=True) for run in (cut_run, whole_run)
         )
         assert cut["global_step"] == whole["global_step"] == steps
         assert cut["state_dict"].keys() == whole["state_dict"].keys()
         assert all(torch.equal(cut["state_dict"][key], value) for key, value in whole["state_dict"].items()), name
 
 
-STAGES = ("teacher", "pruned", "ptq", "int8", "report")
+@pytest.mark.slow
+def test_a_job_whose_time_is_over_goes_on_and_the_chain_ends(submit_cut, whole, tmp_path):
+    jobs = submit_cut()
+    end_soon(jobs[0])
+    assert wait_until(lambda: restarts(jobs[0]), 200), ask("squeue")
+    saved = tmp_path / "cut" / "teacher" / "checkpoints" / "requeued.ckpt"
+    assert torch.load(saved, weights_only=True)["global_step"] == 3  # with the step that it was in
+    output = finish(jobs, tmp_path)
+    assert "requeue: the time is over in epoch 0, step 3" in output["teacher"]
+    assert "[1/4] teacher: resuming" in output["teacher"]
+    assert not saved.exists()
+    require_equal(tmp_path / "cut", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("partition", "saves"), [("grace", True), ("test", False)])
+def test_a_job_that_is_pre_empted_goes_on_and_the_chain_ends(partition, saves, submit_cut, whole, tmp_path):
+    """By a job that needs the whole machine: at once, or after a time of grace, of which it takes what it needs."""
+    jobs = submit_cut(f"--partition={partition}")
+    urgent = ["--partition=urgent", "--exclusive", "--parsable", f"--output={tmp_path / 'urgent.log'}"]
+    other = ask("sbatch", *urgent, "--wrap=sleep 1")
+    assert wait_until(lambda: restarts(jobs[0]), 100), ask("squeue")
+    assert (tmp_path / "cut" / "teacher" / "checkpoints" / "requeued.ckpt").exists() == saves
+    assert wait_until(lambda: not ask("squeue", "-h", f"--jobs={other}"), 60), ask("squeue")
+    output = finish(jobs, tmp_path)
+    assert ("requeue: the time is over in epoch 0, step 3" in output["teacher"]) == saves
+    assert ("[1/4] teacher: resuming" in output["teacher"]) == saves
+    require_equal(tmp_path / "cut", whole)
 
 
 @pytest.mark.slow

@@ -24,10 +24,10 @@ from retinaface.compression.quantization import FakeQuantizedRetinaFace, convert
 from retinaface.compression.structure import Network
 from retinaface.cpus import saturates_int8
 from retinaface.data.annotations import MEAN_BGR, read_image
+from retinaface.delivery.int8_layout import use_channels_last
 from retinaface.delivery.onnx_forms import KEEP, RAW_NAMES, TRANSLATIONS, OnnxForm, OnnxSettings, decode
 from retinaface.delivery.session import open_session
 from retinaface.delivery.tensorrt import require_tensorrt_form
-from retinaface.delivery.upsampling import upsample_by_copying
 from retinaface.errors import InputError
 from retinaface.model.boxes import VARIANCES
 from retinaface.model.checkpoints import read_torch_file
@@ -126,7 +126,7 @@ def export_onnx(
             onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(facts)})
             backend = network.settings.backend if isinstance(network, FakeQuantizedRetinaFace) else None
             if backend == "onnxruntime":
-                upsample_by_copying(model.graph)
+                use_channels_last(model.graph)
             if backend == "tensorrt":
                 require_tensorrt_form(model)
             if settings.form == "end_to_end":

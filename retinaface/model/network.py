@@ -362,5 +362,4 @@ def _leaky_relu_to_relu(network: nn.Module, kept: Sequence[str]) -> None:
 
 def _per_anchor(maps: Tensor, width: int) -> Tensor:
     """Maps ``(B, anchors * width, H, W)`` to ``(B, H * W * anchors, width)``."""
-    per_anchor: Tensor = maps.permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, width))
-    return per_anchor
+    return maps.permute(0, 2, 3, 1).reshape(maps.shape[0], -1, width)

@@ -1,0 +1,114 @@
+"""Arranges INT8 maps in ONNX files as ONNX Runtime is fast with them: the channels of a pixel side by side."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from onnx import GraphProto, NodeProto, helper, numpy_helper
+
+_CHANNELS_LAST, _CHANNELS_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
+
+_CONSTANTS = {
+    "layout.flat": [-1],
+    "layout.joined_rows": [0, 0, -1],
+    "layout.twice": [1, 2, 2, 1],
+    "layout.size_from": [2],
+    "layout.size_to": [4],
+    "layout.corner": [0, 0],
+    "layout.axes": [1, 2],
+}
+
+
+def use_channels_last(graph: GraphProto) -> None:
+    """Rewrites what ONNX Runtime is slow at in an INT8 network; no number changes.
+
+    It computes INT8 convolutions with channels last and puts Transposes around all else, of which most cancel. Two that
+    do not took a tenth of the time of mobilenet0.25 (ONNX Runtime 1.32, two cores with INT8 instructions):
+
+    - **Upsampling**: its Resize is slow with channels last. There, two equal pixels are the channels twice, and two
+      equal rows are the row twice: two Concats. A level of the pyramid has ``ceil(n / 2)`` rows where the next finer
+      one has ``n``. So nearest neighbours, row ``i`` from row ``floor(i * ceil(n / 2) / n)``, which is
+      ``floor(i / 2)``, are all rows twice, without the last one where ``n`` is odd; columns likewise.
+    - **From float to INT8**: it turns the bytes, in one thread. Turned before it is rounded, a map leaves the float
+      convolution's own layout in all threads. The Reshapes keep ONNX Runtime from changing the order back.
+
+    Args:
+        graph: With QuantizeLinear and DequantizeLinear nodes; changed in place.
+    """
+    producers = {output: node for node in graph.node for output in node.output}
+    nodes: list[NodeProto] = []
+    replaced: list[NodeProto] = []
+    for node in graph.node:
+        quantize = _quantize_after_resize(node, graph, producers)
+        if quantize is not None:
+            nodes.extend(_copies(node, producers[node.input[0]].input[0], quantize.output[0]))
+            replaced.append(quantize)
+        elif _leaves_float_convolution(node, producers):
+            nodes.extend(_turned(node))
+        elif node not in replaced:
+            nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    used = {name for node in nodes for name in node.input}
+    graph.initializer.extend(
+        numpy_helper.from_array(np.array(value), name) for name, value in _CONSTANTS.items() if name in used
+    )
+
+
+def _quantize_after_resize(node: NodeProto, graph: GraphProto, producers: Mapping[str, NodeProto]) -> NodeProto | None:
+    """What quantizes a Resize of an INT8 map as the map itself is; None for any other node."""
+    if node.op_type != "Resize" or producers[node.input[0]].op_type != "DequantizeLinear":
+        return None
+    users = [user for user in graph.node if node.output[0] in user.input]
+    same_steps = producers[node.input[0]].input[1:]
+    alike = [user.op_type == "QuantizeLinear" and user.input[1:] == same_steps for user in users]
+    return users[0] if alike == [True] else None
+
+
+def _leaves_float_convolution(node: NodeProto, producers: Mapping[str, NodeProto]) -> bool:
+    """Whether a QuantizeLinear takes what a float convolution, and an activation, has computed."""
+    if node.op_type != "QuantizeLinear":
+        return False
+    source = producers.get(node.input[0])
+    if source is not None and source.op_type in ("Relu", "LeakyRelu"):
+        source = producers.get(source.input[0])
+    # The convolution's weights are constants; those of an INT8 one are dequantized.
+    return source is not None and source.op_type == "Conv" and source.input[1] not in producers
+
+
+class _Steps(list[NodeProto]):
+    """Operations in the place of one that is called ``name``."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def add(self, kind: str, *inputs: str, output: str | None = None, **attributes: object) -> str:
+        """Appends an operation; gives the name of its output."""
+        name = f"{self.name}.{len(self)}"
+        self.append(helper.make_node(kind, inputs, [output or name], name, **attributes))
+        return output or name
+
+
+def _copies(resize: NodeProto, coarser: str, finer: str) -> _Steps:
+    """Makes the 8-bit map ``finer`` from ``coarser``, ``(B, C, h, w)``."""
+    steps = _Steps(resize.name)
+    pixels = steps.add("Transpose", coarser, perm=_CHANNELS_LAST)
+    wide = steps.add("Concat", pixels, pixels, axis=3)  # (B, h, w, 2 C)
+    rows = steps.add("Reshape", wide, "layout.joined_rows")  # (B, h, 2 w C)
+    high = steps.add("Concat", rows, rows, axis=2)  # (B, h, 4 w C)
+    doubled = steps.add("Mul", steps.add("Shape", pixels), "layout.twice")
+    whole = steps.add("Reshape", high, doubled)  # (B, 2 h, 2 w, C)
+    size = steps.add("Slice", resize.input[3], "layout.size_from", "layout.size_to")
+    cut = steps.add("Slice", whole, "layout.corner", size, "layout.axes")
+    steps.add("Transpose", cut, perm=_CHANNELS_FIRST, output=finer)
+    return steps
+
+
+def _turned(quantize: NodeProto) -> _Steps:
+    """Rounds a float map with channels last."""
+    steps = _Steps(quantize.name)
+    pixels = steps.add("Transpose", quantize.input[0], perm=_CHANNELS_LAST)
+    flat = steps.add("Reshape", pixels, "layout.flat")
+    rounded = steps.add("QuantizeLinear", flat, *quantize.input[1:])
+    shaped = steps.add("Reshape", rounded, steps.add("Shape", pixels))
+    steps.add("Transpose", shaped, perm=_CHANNELS_FIRST, output=quantize.output[0])
+    return steps

@@ -1,0 +1,123 @@
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+import torch
+from onnxruntime import InferenceSession
+
+from retinaface.compression.quantization import QuantizationSettings, prepare_for_training
+from retinaface.delivery.export import export_onnx
+from retinaface.delivery.int8_layout import use_channels_last
+
+HEADER = '<ir_version: 10, opset_import: ["": 18]>'
+UPSAMPLING = """
+upsampling (uint8[batch, channels, h, w] coarser, float[batch, channels, height, width] finer)
+    => (float[batch, channels, height, width] found)
+<float scale = {0.5}, uint8 zero = {3}>
+{
+    values = DequantizeLinear (coarser, scale, zero)
+    size = Shape (finer)
+    wide = Resize <mode = "nearest", coordinate_transformation_mode = "asymmetric", nearest_mode = "floor"> (
+        values, , , size
+    )
+    rounded = QuantizeLinear (wide, scale, zero)
+    found = DequantizeLinear (rounded, scale, zero)
+}
+"""
+ROUNDING = """
+rounding (float[batch, 2, height, width] image) => (float[batch, 3, height, width] found)
+<float scale = {0.05}, uint8 zero = {100}, float[3, 2, 1, 1] weight = {0.5, -0.2, 0.1, 0.9, -1.0, 0.3}>
+{
+    sums = Conv (image, weight)
+    map = LeakyRelu <alpha = 0.1> (sums)
+    rounded = QuantizeLinear (map, scale, zero)
+    found = DequantizeLinear (rounded, scale, zero)
+}
+"""
+
+
+def parse(text):
+    model = onnx.parser.parse_model(HEADER + text)
+    for node in model.graph.node:
+        node.name = node.output[0]
+    return model
+
+
+def kinds(model):
+    return [node.op_type for node in model.graph.node]
+
+
+def run(model, **inputs):
+    onnx.checker.check_model(model, full_check=True)
+    return InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, inputs)[0]
+
+
+def noise(*shape):
+    return np.random.default_rng(0).uniform(-5, 5, shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (5, 8), (20, 33), (40, 40)])
+def test_copies_are_nearest_neighbours(size):
+    """To any size of a finer level, compared with the Resize itself."""
+    model = parse(UPSAMPLING)
+    coarser = np.random.default_rng(0).integers(0, 256, (2, 3, *(-(-side // 2) for side in size)), dtype=np.uint8)
+    finer = noise(2, 3, *size)
+    wanted = run(model, coarser=coarser, finer=finer)
+    use_channels_last(model.graph)
+    assert "Resize" not in kinds(model)
+    np.testing.assert_array_equal(run(model, coarser=coarser, finer=finer), wanted)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("QuantizeLinear (wide, scale, zero)", "QuantizeLinear (wide, zero_point_free, zero)"),
+        ("DequantizeLinear (coarser, scale, zero)", "Cast <to = 1> (coarser)"),
+        ("found = DequantizeLinear (rounded, scale, zero)", "part = DequantizeLinear (rounded, scale, zero)\n"
+                                                            "found = Sub (part, wide)"),
+    ],
+    ids=["other steps", "float", "two users"],
+)  # fmt: skip
+def test_any_other_resize_stays(old, new):
+    text = UPSAMPLING.replace("uint8 zero", "float zero_point_free = {0.25}, uint8 zero")
+    assert old in text
+    model = parse(text.replace(old, new))
+    before = model.SerializeToString()
+    use_channels_last(model.graph)
+    assert model.SerializeToString() == before
+
+
+@pytest.mark.parametrize("activation", ["map = LeakyRelu <alpha = 0.1> (sums)", "map = Relu (sums)", ""])
+def test_a_map_is_turned_before_it_is_rounded(activation):
+    model = parse(ROUNDING.replace("map = LeakyRelu <alpha = 0.1> (sums)", activation))
+    if not activation:
+        model.graph.node[1].input[0] = "sums"
+    image = noise(2, 2, 5, 7)
+    wanted = run(model, image=image)
+    use_channels_last(model.graph)
+    assert kinds(model)[-7:-1] == ["Transpose", "Reshape", "QuantizeLinear", "Shape", "Reshape", "Transpose"]
+    np.testing.assert_array_equal(run(model, image=image), wanted)
+
+
+def test_between_int8_convolutions_nothing_is_turned():
+    int8 = ROUNDING.replace("float[3, 2, 1, 1] weight = {0.5, -0.2, 0.1, 0.9, -1.0, 0.3}",
+                            "float step = {0.1}, int8[3, 2, 1, 1] whole = {5, -2, 1, 9, -10, 3}")  # fmt: skip
+    model = parse(int8.replace("{\n", "{\n    weight = DequantizeLinear (whole, step)\n"))
+    before = model.SerializeToString()
+    use_channels_last(model.graph)
+    assert model.SerializeToString() == before
+
+
+@pytest.mark.parametrize(("backend", "resizes"), [("onnxruntime", 0), ("openvino", 1)])
+def test_files_for_onnx_runtime_alone_are_rewritten(build_network, tmp_path, backend, resizes):
+    prepared = prepare_for_training(
+        build_network(channels=16, strides=(16, 32), anchor_sizes=((16,), (64,))),
+        QuantizationSettings(keep_float=("backbone.stage1",), averaging=0.5, backend=backend),
+    ).train()
+    with torch.no_grad():
+        prepared(torch.rand(2, 3, 64, 96) * 255 - 110)
+    export_onnx(prepared.eval(), tmp_path / "int8.onnx")
+    nodes = onnx.load(tmp_path / "int8.onnx").graph.node
+    assert [node.op_type for node in nodes].count("Resize") == resizes
+    # Flat, on its way from the first stage.
+    assert any("layout.flat" in node.input for node in nodes) == (backend == "onnxruntime")
