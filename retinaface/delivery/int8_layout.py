@@ -1,6 +1,7 @@
 """Arranges INT8 maps in ONNX files as ONNX Runtime is fast with them: the channels of a pixel side by side."""
 
 from collections.abc import Mapping
+from itertools import chain
 
 import numpy as np
 from onnx import GraphProto, NodeProto, helper, numpy_helper
@@ -35,23 +36,19 @@ def use_channels_last(graph: GraphProto) -> None:
         graph: With QuantizeLinear and DequantizeLinear nodes; changed in place.
     """
     producers = {output: node for node in graph.node for output in node.output}
-    nodes: list[NodeProto] = []
-    replaced: list[NodeProto] = []
+    steps: dict[str, list[NodeProto]] = {}  # in the place of a node, by its name
     for node in graph.node:
         quantize = _quantize_after_resize(node, graph, producers)
         if quantize is not None:
-            nodes.extend(_copies(node, producers[node.input[0]].input[0], quantize.output[0]))
-            replaced.append(quantize)
+            coarser = producers[node.input[0]].input[0]
+            steps |= {node.name: _copies(node, coarser, quantize.output[0]), quantize.name: []}
         elif _leaves_float_convolution(node, producers):
-            nodes.extend(_turned(node))
-        elif node not in replaced:
-            nodes.append(node)
+            steps[node.name] = _turned(node)
+    constants = {name for node in chain(*steps.values()) for name in node.input} & _CONSTANTS.keys()
+    nodes = [each for node in graph.node for each in steps.get(node.name, [node])]
     del graph.node[:]
     graph.node.extend(nodes)
-    used = {name for node in nodes for name in node.input}
-    graph.initializer.extend(
-        numpy_helper.from_array(np.array(value), name) for name, value in _CONSTANTS.items() if name in used
-    )
+    graph.initializer.extend(numpy_helper.from_array(np.array(_CONSTANTS[name]), name) for name in sorted(constants))
 
 
 def _quantize_after_resize(node: NodeProto, graph: GraphProto, producers: Mapping[str, NodeProto]) -> NodeProto | None:
