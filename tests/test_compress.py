@@ -619,8 +619,9 @@ def test_a_whole_recipe_is_on_the_dashboard(wandb_offline, tmp_path):
     options = [*SMALL, NARROW, *photos, "--trainer.max_epochs=1", "--config", ROOT / "configs" / "wandb.yaml"]
     result = run_compress(RECIPES / "quickstart.yaml", *folders, *options)
     assert result.returncode == 0, result.stderr
-    runs = {run.run.job_type: run for run in wandb_offline()}
-    assert [*runs] == ["teacher", "pruned", "ptq", "int8", "report"]
+    found = wandb_offline()
+    assert [run.run.job_type for run in found] == ["teacher", "pruned", "ptq", "int8", "report"]
+    runs = {run.run.job_type: run for run in found}
     assert len({run.run.run_group for run in runs.values()}) == 1
 
     def models(artifacts):

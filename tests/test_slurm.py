@@ -781,18 +781,18 @@ def test_a_job_whose_time_is_over_goes_on_and_the_chain_ends(submit_cut, whole, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("partition", "saves"), [("grace", True), ("test", False)])
-def test_a_job_that_is_pre_empted_goes_on_and_the_chain_ends(partition, saves, submit_cut, whole, tmp_path):
-    """By a job that needs the whole machine: at once, or after a time of grace, of which it takes what it needs."""
+@pytest.mark.parametrize("partition", ["grace", "test"])
+def test_a_job_that_is_pre_empted_goes_on_and_the_chain_ends(partition, submit_cut, whole, tmp_path):
+    """By a job that needs the whole machine: after a time of grace, of which it takes what it needs, or at once."""
     jobs = submit_cut(f"--partition={partition}")
     urgent = ["--partition=urgent", "--exclusive", "--parsable", f"--output={tmp_path / 'urgent.log'}"]
     other = ask("sbatch", *urgent, "--wrap=sleep 1")
     assert wait_until(lambda: restarts(jobs[0]), 100), ask("squeue")
-    assert (tmp_path / "cut" / "teacher" / "checkpoints" / "requeued.ckpt").exists() == saves
     assert wait_until(lambda: not ask("squeue", "-h", f"--jobs={other}"), 60), ask("squeue")
     output = finish(jobs, tmp_path)
-    assert ("requeue: the time is over in epoch 0, step 3" in output["teacher"]) == saves
-    assert ("[1/4] teacher: resuming" in output["teacher"]) == saves
+    if partition == "grace":  # else it depends on who is faster
+        assert "requeue: the time is over in epoch 0, step 3" in output["teacher"]
+        assert "[1/4] teacher: resuming" in output["teacher"]
     require_equal(tmp_path / "cut", whole)
 
 

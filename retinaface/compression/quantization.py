@@ -41,9 +41,7 @@ class QuantizationSettings:
 
     Attributes:
         keep_float: Modules, with all below them, that stay in float: names, with wildcards as in
-            :func:`retinaface.model.network.matching_modules`, such as ``backbone.*1`` or ``class_heads``. A single
-            convolution (with ReLU) between two in INT8 stays in float in the file, but ONNX Runtime rounds its weights
-            on its own; name a whole block.
+            :func:`retinaface.model.network.matching_modules`, such as ``backbone.*1`` or ``class_heads``.
         averaging: Weight of the newest batch in the moving average of each activation's range.
         backend: The runtime that it is for: ``onnxruntime``, ``openvino`` or ``tensorrt``.
         weight_bits: 8, or 7 for CPUs without VNNI, whose sums of products of 8-bit numbers saturate at 16 bits.

@@ -101,11 +101,17 @@ def _copies(resize: NodeProto, coarser: str, finer: str) -> _Steps:
 
 
 def _turned(quantize: NodeProto) -> _Steps:
-    """Rounds a float map with channels last."""
+    """Rounds a float map with channels last.
+
+    It is said twice, as OpenVINO, which runs these files too, has INT8 convolutions only behind such a pair.
+    """
     steps = _Steps(quantize.name)
+    scale, zero_point = quantize.input[1:]
     pixels = steps.add("Transpose", quantize.input[0], perm=_CHANNELS_LAST)
     flat = steps.add("Reshape", pixels, "layout.flat")
-    rounded = steps.add("QuantizeLinear", flat, *quantize.input[1:])
-    shaped = steps.add("Reshape", rounded, steps.add("Shape", pixels))
-    steps.add("Transpose", shaped, perm=_CHANNELS_FIRST, output=quantize.output[0])
+    rounded = steps.add("QuantizeLinear", flat, scale, zero_point)
+    values = steps.add("DequantizeLinear", rounded, scale, zero_point)
+    shaped = steps.add("Reshape", values, steps.add("Shape", pixels))
+    turned = steps.add("Transpose", shaped, perm=_CHANNELS_FIRST)
+    steps.add("QuantizeLinear", turned, scale, zero_point, output=quantize.output[0])
     return steps

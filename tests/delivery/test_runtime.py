@@ -19,7 +19,7 @@ from retinaface.delivery.export import METADATA_KEY
 from retinaface.delivery.runtime import Detector, TorchRuntime, load_detector
 from retinaface.errors import InputError
 from retinaface.model.anchors import make_anchors
-from retinaface.model.network import NetworkConfig, normalize
+from retinaface.model.network import NetworkConfig, normalize, pad_small
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,18 +38,18 @@ def detectors(checkpoint_files, onnx_files):
     return {name: load_detector(path) for name, path in files.items()}
 
 
-@pytest.mark.parametrize("size", [(120, 170), (64, 64), (300, 7)])
+@pytest.mark.parametrize("size", [(120, 170), (64, 64), (20, 30), (1, 1), (300, 7)])
 def test_every_format_of_one_network_gives_the_same(detectors, size):
-    images = normalize(torch.from_numpy(picture(*size)).permute(2, 0, 1)[None])
+    images = pad_small(normalize(torch.from_numpy(picture(*size)).permute(2, 0, 1)[None]))
     public, ours, exported = (detectors[name].run(images) for name in ("public", "float", "float.onnx"))
     assert all(torch.equal(a, b) for a, b in zip(ours, public, strict=True))
     for found, wanted in zip(exported, public, strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
-# Where little of the picture is padding: there an untrained network gives neighbours equal scores, up to the last bit,
-# and which of them suppresses which is chance.
-@pytest.mark.parametrize("size", [(120, 170), (64, 64), (20, 30), (1, 1)])
+# Without much padding: there an untrained network gives neighbours scores that are equal up to the last bit, and which
+# of them suppresses which is chance.
+@pytest.mark.parametrize("size", [(120, 170), (64, 64)])
 def test_every_format_of_one_network_finds_the_same(detectors, size):
     image = picture(*size)
     found = {name: detectors[name].detect(image, score_threshold=0.3) for name in ("public", "float", "float.onnx")}
