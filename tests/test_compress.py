@@ -616,7 +616,8 @@ def test_a_whole_recipe_is_on_the_dashboard(wandb_offline, tmp_path):
     """As a group of runs, a stage each, of which each starts from models that another one made."""
     photos = ("--data.init_args.train_photos=16", "--data.init_args.val_photos=6", "--data.init_args.photo_size=128")
     folders = ("--data.root", tmp_path / "photos", "--out", tmp_path / "mine")
-    options = [*SMALL, NARROW, *photos, "--trainer.max_epochs=1", "--config", ROOT / "configs" / "wandb.yaml"]
+    epochs = ("--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1")
+    options = [*SMALL, NARROW, *photos, *epochs, "--config", ROOT / "configs" / "wandb.yaml"]
     result = run_compress(RECIPES / "quickstart.yaml", *folders, *options)
     assert result.returncode == 0, result.stderr
     found = wandb_offline()
