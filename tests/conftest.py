@@ -284,8 +284,9 @@ class NoWaiting(TorchDispatchMode):
 
 
 @pytest.fixture
-def no_waiting() -> NoWaiting:
-    """A context in which nothing may wait for the device."""
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> NoWaiting:
+    """A context in which nothing may wait for the device, with the loss as it is on a GPU."""
+    monkeypatch.setattr("retinaface.model.losses._most_wanted", lambda _, anchors: anchors)
     return NoWaiting()
 
 

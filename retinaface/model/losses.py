@@ -173,9 +173,10 @@ def detection_loss(
     # Of two classes: as one operation it has no deterministic form on GPUs (``torch.use_deterministic_algorithms``).
     margin = class_logits[..., 1] - class_logits[..., 0]
     cross_entropy = F.softplus(torch.where(positive, -margin, margin))
-    hardest = cross_entropy.masked_fill(targets.labels != 0, 0.0).sort(dim=1, descending=True).values
-    rank = torch.arange(hardest.shape[1], device=hardest.device)
-    mined = rank < negatives_per_positive * positives.clamp(min=1)[:, None]
+    wanted = negatives_per_positive * positives.clamp(min=1)
+    most = _most_wanted(wanted, positive.shape[1])
+    hardest = cross_entropy.masked_fill(targets.labels != 0, 0.0).topk(most, dim=1).values
+    mined = torch.arange(most, device=hardest.device) < wanted[:, None]
     classes = ((cross_entropy * positive).sum() + (hardest * mined).sum()) / faces
 
     box_error = F.smooth_l1_loss(box_deltas, targets.box_deltas, reduction="none").sum(dim=2)
@@ -184,3 +185,8 @@ def detection_loss(
     landmark_error = F.smooth_l1_loss(landmark_deltas, targets.landmark_deltas, reduction="none").sum(dim=2)
     landmarks = torch.where(targets.has_landmarks, landmark_error, 0.0).sum() / with_landmarks
     return Losses(classes, box_weight * boxes, landmark_weight * landmarks)
+
+
+def _most_wanted(wanted: Tensor, anchors: int) -> int:
+    """The largest count: a CPU finds that many in an eighth of the time of sorting all. A GPU is not waited for."""
+    return min(int(wanted.max()), anchors) if wanted.device.type == "cpu" else anchors

@@ -155,6 +155,13 @@ def test_half_precision_outputs_are_compared_in_float():
     assert detection_loss(outputs, assign_targets(*random_faces(2, 3), ANCHORS)).total.dtype == torch.float32
 
 
+def test_the_hardest_are_the_same_however_many_are_looked_for(monkeypatch):
+    targets, outputs = assign_targets(*random_faces(2, 70), ANCHORS), random_outputs(2)
+    found = detection_loss(outputs, targets)
+    monkeypatch.setattr("retinaface.model.losses._most_wanted", lambda _, anchors: anchors)  # as on a GPU
+    torch.testing.assert_close(detection_loss(outputs, targets), found)
+
+
 def test_nothing_waits_for_the_device(no_waiting):
     truth, outputs = random_faces(2, 70), random_outputs(2)
     with no_waiting:
