@@ -59,12 +59,12 @@ def encode_boxes(boxes: Tensor, anchors: Tensor) -> Tensor:
     Returns:
         ``(..., A, 4)`` deltas, finite also for boxes without area.
     """
-    centre, size = to_cxcywh(boxes).split(2, dim=-1)
+    low, high = boxes.split(2, dim=-1)
     anchor_centre, anchor_size = anchors.split(2, dim=-1)
     return torch.cat(
         [
-            (centre - anchor_centre) / (VARIANCES[0] * anchor_size),
-            torch.log(size.clamp(min=SMALLEST_SIDE) / anchor_size) / VARIANCES[1],
+            ((low + high) / 2 - anchor_centre) / (VARIANCES[0] * anchor_size),
+            torch.log((high - low).clamp(min=SMALLEST_SIDE) / anchor_size) / VARIANCES[1],
         ],
         dim=-1,
     )

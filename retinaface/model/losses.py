@@ -179,11 +179,12 @@ def detection_loss(
     mined = torch.arange(most, device=hardest.device) < wanted[:, None]
     classes = ((cross_entropy * positive).sum() + (hardest * mined).sum()) / faces
 
-    box_error = F.smooth_l1_loss(box_deltas, targets.box_deltas, reduction="none").sum(dim=2)
-    boxes = torch.where(positive, box_error, 0.0).sum() / faces
+    # Products, of which a CPU computes gradients in half the time of ``where``.
+    box_errors = F.smooth_l1_loss(box_deltas, targets.box_deltas, reduction="none")
+    boxes = (box_errors * positive[..., None]).sum() / faces
 
-    landmark_error = F.smooth_l1_loss(landmark_deltas, targets.landmark_deltas, reduction="none").sum(dim=2)
-    landmarks = torch.where(targets.has_landmarks, landmark_error, 0.0).sum() / with_landmarks
+    landmark_errors = F.smooth_l1_loss(landmark_deltas, targets.landmark_deltas, reduction="none")
+    landmarks = (landmark_errors * targets.has_landmarks[..., None]).sum() / with_landmarks
     return Losses(classes, box_weight * boxes, landmark_weight * landmarks)
 
 
