@@ -95,7 +95,7 @@ def assign_targets(
     number = torch.arange(1, faces + 1, device=labels.device).expand(batch, faces)
     claims = torch.where(labels == 1, number + faces, torch.where(labels == -1, number, 0))
     claimed = torch.zeros_like(best_face).scatter_reduce_(1, torch.cat(best_anchor, dim=1), claims, "amax")
-    best_face = torch.where(claimed > 0, (claimed - 1) % faces, best_face)
+    best_face = torch.where(claimed > 0, torch.where(claimed > faces, claimed - faces, claimed) - 1, best_face)
 
     matched = (best_iou >= iou_threshold) | (claimed > 0)
     rows = (best_face + torch.arange(0, batch * faces, faces, device=labels.device)[:, None]).flatten()
