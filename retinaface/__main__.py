@@ -164,6 +164,7 @@ def export(
     score: float | None = None,
     nms: float | None = None,
     photos: Path | None = None,
+    least_channels: int = 16,
 ) -> None:
     """Write a checkpoint as ONNX, INT8 if it was trained for it, and check the file against torch.
 
@@ -184,6 +185,8 @@ def export(
         score: For end_to_end: faces with a lower score are dropped; by default 0.5.
         nms: For end_to_end: of two boxes with a higher overlap (IoU) the lower-scored one is dropped; by default 0.4.
         photos: Photo, or folder of photos, to check the file on besides noise.
+        least_channels: For INT8 for ONNX Runtime: narrower float layers are filled up to it with zeros: 16 for CPUs
+            with AVX-512, 8 for those with AVX2 alone, 1 for browsers.
     """
     from retinaface.compression.structure import load_network
     from retinaface.delivery.export import export_onnx, recorded_facts
@@ -198,7 +201,8 @@ def export(
         )
     if out.suffix not in (".onnx", ".pte"):
         raise InputError(f"--out {out}: expected a name that ends in .onnx, or in .pte for phones")
-    settings = OnnxSettings(form, input, None if size is None else _height_and_width(size), batch, **thresholds)
+    given_size = None if size is None else _height_and_width(size)
+    settings = OnnxSettings(form, input, given_size, batch, **thresholds, least_channels=least_channels)
     found = [] if photos is None else _photos_in(photos)
     network, _ = load_network(ckpt)
     if out.suffix == ".pte":

@@ -24,7 +24,7 @@ from retinaface.compression.quantization import FakeQuantizedRetinaFace, convert
 from retinaface.compression.structure import Network
 from retinaface.cpus import saturates_int8
 from retinaface.data.annotations import MEAN_BGR, read_image
-from retinaface.delivery.int8_layout import use_channels_last
+from retinaface.delivery.int8_layout import use_channels_last, widen_float_layers
 from retinaface.delivery.onnx_forms import KEEP, RAW_NAMES, TRANSLATIONS, OnnxForm, OnnxSettings, decode
 from retinaface.delivery.session import open_session
 from retinaface.delivery.tensorrt import require_tensorrt_form
@@ -44,12 +44,16 @@ _LICENCE = "Apache-2.0"
 
 _SHORT_NAMES = {
     "network.": "",
+    "weight_bias": "bias",
     "node_": "",
     "_frozen_param": "weight",
     "_zero_point": "_zero",
     "dequantize_per_channel": "dqc",
     "dequantize_per_tensor": "dq",
     "quantize_per_tensor": "q",
+    "upsample_nearest2d": "upsample",
+    "_unsafe_view": "_view",
+    "conv2d": "conv",
 }
 
 # What ONNX takes attributes of operations to be where nothing is said.
@@ -127,6 +131,7 @@ def export_onnx(
             backend = network.settings.backend if isinstance(network, FakeQuantizedRetinaFace) else None
             if backend == "onnxruntime":
                 use_channels_last(model.graph)
+                widen_float_layers(model.graph, settings.least_channels)
             if backend == "tensorrt":
                 require_tensorrt_form(model)
             if settings.form == "end_to_end":

@@ -57,6 +57,9 @@ class OnnxSettings:
         batch: Pictures per call that the file takes; None for any number.
         score_threshold: ``end_to_end``: faces with a lower score are dropped.
         nms_threshold: ``end_to_end``: of two boxes with a higher IoU the lower-scored one is dropped.
+        least_channels: INT8 for ONNX Runtime: narrower float layers are filled up to it with zeros. 16 is for CPUs with
+            AVX-512, 8 for those with AVX2 alone, and 1, which fills nothing, for browsers; see
+            :func:`retinaface.delivery.int8_layout.widen_float_layers`.
 
     Raises:
         InputError: A setting is out of range.
@@ -68,6 +71,7 @@ class OnnxSettings:
     batch: int | None = None
     score_threshold: float = 0.5
     nms_threshold: float = 0.4
+    least_channels: int = 16
 
     def __post_init__(self) -> None:
         for name, choices in (("form", get_args(Form)), ("input", get_args(Input))):
@@ -80,6 +84,11 @@ class OnnxSettings:
             )
         if self.batch is not None and self.batch < 1:
             raise InputError(f"export: batch is {self.batch}; expected 1 or more, or none for any")
+        if self.least_channels < 1:
+            raise InputError(
+                f"export: least_channels is {self.least_channels}; expected what a CPU computes at once, 16 with "
+                "AVX-512 and 8 with AVX2, or 1 for layers as they are"
+            )
         for name in ("score_threshold", "nms_threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"export: {name} is {getattr(self, name)}; expected a number from 0 to 1")

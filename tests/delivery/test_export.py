@@ -397,6 +397,7 @@ def test_training_data_and_accuracy_where_known(network, quick_export, tmp_path)
         ({"batch": 0}, "batch is 0; expected 1 or more"),
         ({"score_threshold": 1.5}, "score_threshold is 1.5; expected a number from 0 to 1"),
         ({"nms_threshold": -1}, "nms_threshold is -1; expected a number from 0 to 1"),
+        ({"least_channels": 0}, "least_channels is 0; expected .*16 with AVX-512"),
     ],
 )
 def test_settings_out_of_range(settings, message):

@@ -7,7 +7,7 @@ from onnxruntime import InferenceSession
 
 from retinaface.compression.quantization import QuantizationSettings, prepare_for_training
 from retinaface.delivery.export import export_onnx
-from retinaface.delivery.int8_layout import use_channels_last
+from retinaface.delivery.int8_layout import use_channels_last, widen_float_layers
 from retinaface.delivery.onnx_forms import OnnxSettings
 
 HEADER = '<ir_version: 10, opset_import: ["": 18]>'
@@ -35,6 +35,19 @@ rounding (float[batch, 2, height, width] image) => (float[batch, 3, height, widt
     found = DequantizeLinear (rounded, scale, zero)
 }
 """
+NARROW = """
+narrow (float[batch, 3, height, width] image) => (float[batch, 5, height, width] found)
+<float[2, 3, 1, 1] first = {0.5, -0.2, 0.1, 0.9, -1.0, 0.3}, float[2] bias = {0.5, -0.25},
+ float[2, 1, 1, 2] depthwise = {0.3, 0.2, -0.7, 0.4}, float[2] other_bias = {0.1, 0.6},
+ float[5, 2, 1, 1] last = {0.5, -0.2, 0.1, 0.9, -1.0, 0.3, 0.7, 0.8, -0.4, 0.6}>
+{
+    sums = Conv (image, first, bias)
+    map = LeakyRelu <alpha = 0.1> (sums)
+    spread = Conv <group = 2, pads = [0, 0, 0, 1]> (map, depthwise, other_bias)
+    cut = Relu (spread)
+    found = Conv (cut, last)
+}
+"""
 
 
 def parse(text):
@@ -44,8 +57,8 @@ def parse(text):
     return model
 
 
-def kinds(model):
-    return [node.op_type for node in model.graph.node]
+def kinds(graph):
+    return [node.op_type for node in graph.node]
 
 
 def run(model, **inputs):
@@ -65,7 +78,7 @@ def test_copies_are_nearest_neighbours(size):
     finer = noise(2, 3, *size)
     wanted = run(model, coarser=coarser, finer=finer)
     use_channels_last(model.graph)
-    assert "Resize" not in kinds(model)
+    assert "Resize" not in kinds(model.graph)
     np.testing.assert_array_equal(run(model, coarser=coarser, finer=finer), wanted)
 
 
@@ -96,7 +109,7 @@ def test_a_map_is_turned_before_it_is_rounded(activation):
     image = noise(2, 2, 5, 7)
     wanted = run(model, image=image)
     use_channels_last(model.graph)
-    assert "QuantizeLinear" not in kinds(model)[: kinds(model).index("Reshape")]
+    assert "QuantizeLinear" not in kinds(model.graph)[: kinds(model.graph).index("Reshape")]
     np.testing.assert_array_equal(run(model, image=image), wanted)
 
 
@@ -109,12 +122,48 @@ def test_between_int8_convolutions_nothing_is_turned():
     assert model.SerializeToString() == before
 
 
+def test_narrow_float_layers_are_filled_with_zeros():
+    model = parse(NARROW)
+    image = noise(2, 3, 5, 7)
+    wanted = run(model, image=image)
+    widen_float_layers(model.graph, 8)
+    shapes = {constant.name: tuple(constant.dims) for constant in model.graph.initializer}
+    assert shapes == {
+        "first": (8, 3, 1, 1), "bias": (8,), "depthwise": (8, 1, 1, 2), "other_bias": (8,), "last": (5, 8, 1, 1)
+    }  # fmt: skip
+    np.testing.assert_allclose(run(model, image=image), wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
-    ("backend", "resizes", "settings"),
-    [("onnxruntime", 0, OnnxSettings()), ("onnxruntime", 0, OnnxSettings(size=(97, 133), batch=2)),
-     ("openvino", 1, OnnxSettings())],
+    ("old", "new", "least"),
+    [
+        ("", "", 2),
+        ("cut = Relu (spread)", "cut = Sigmoid (spread)", 8),
+        ("cut = Relu (spread)", "whole = Relu (spread)\ncut = Add (whole, spread)", 8),
+        ("cut = Relu (spread)", "cut = Relu (spread)\nfor_another = Relu (spread)", 8),
+        ("(map, depthwise, other_bias)", "(map, depthwise, bias)", 8),
+        ("<group = 2, pads = [0, 0, 0, 1]> (map, depthwise, other_bias)", "(map, first)", 8),
+        ("sums = Conv (image, first, bias)", "sums = Identity (image)", 8),
+        ("cut = Relu (spread)", "whole = QuantizeLinear (spread, one, zero)\ncut = DequantizeLinear (whole, one, zero)",
+         8),
+    ],
+    ids=["wide enough", "not zero for zero", "added", "two users", "shared weights", "not depthwise", "image", "INT8"],
 )  # fmt: skip
-def test_files_for_onnx_runtime_alone_are_rewritten(build_network, tmp_path, backend, resizes, settings):
+def test_any_other_layer_stays(old, new, least):
+    text = NARROW.replace("<float[2, 3", "<float one = {1.0}, uint8 zero = {9}, float[2, 3")
+    assert old in text
+    model = parse(text.replace(old, new))
+    before = model.SerializeToString()
+    widen_float_layers(model.graph, least)
+    assert model.SerializeToString() == before
+
+
+@pytest.mark.parametrize(
+    ("backend", "resizes", "channels", "settings"),
+    [("onnxruntime", 0, 16, OnnxSettings()), ("onnxruntime", 0, 16, OnnxSettings(size=(97, 133), batch=2)),
+     ("onnxruntime", 0, 8, OnnxSettings(least_channels=8)), ("openvino", 1, 8, OnnxSettings())],
+)  # fmt: skip
+def test_files_for_onnx_runtime_alone_are_rewritten(build_network, tmp_path, backend, resizes, channels, settings):
     prepared = prepare_for_training(
         build_network(channels=16, strides=(16, 32), anchor_sizes=((16,), (64,))),
         QuantizationSettings(keep_float=("backbone.stage1",), averaging=0.5, backend=backend),
@@ -122,7 +171,11 @@ def test_files_for_onnx_runtime_alone_are_rewritten(build_network, tmp_path, bac
     with torch.no_grad():
         prepared(torch.rand(2, 3, 64, 96) * 255 - 110)
     export_onnx(prepared.eval(), tmp_path / "int8.onnx", settings)
-    nodes = onnx.load(tmp_path / "int8.onnx").graph.node
-    assert [node.op_type for node in nodes].count("Resize") == resizes
+    graph = onnx.load(tmp_path / "int8.onnx").graph
+    assert kinds(graph).count("Resize") == resizes
     # Flat, on its way from the first stage.
-    assert any("layout.flat" in node.input for node in nodes) == (backend == "onnxruntime")
+    assert any("layout.flat" in node.input for node in graph.node) == (backend == "onnxruntime")
+    shapes = {constant.name: tuple(constant.dims) for constant in graph.initializer}
+    weights = [shapes[node.input[1]] for node in graph.node if node.op_type == "Conv" and node.input[1] in shapes]
+    first, depthwise, last = weights[:3]
+    assert (first[0], depthwise[0], last[1]) == (channels,) * 3

@@ -21,7 +21,7 @@ def runtime(request):
 def quantized_convolution(model):
     """A convolution in INT8, and its module."""
     name = "backbone.stage2.1.3"
-    return next(node for node in model.graph.node if f"{name}.weight_bias" in node.input), name
+    return next(node for node in model.graph.node if f"{name}.bias" in node.input), name
 
 
 def test_all_in_float(onnx_files, runtime):
