@@ -54,6 +54,7 @@ _SHORT_NAMES = {
     "upsample_nearest2d": "upsample",
     "_unsafe_view": "_view",
     "conv2d": "conv",
+    "leaky_relu": "leaky",
 }
 
 # What ONNX takes attributes of operations to be where nothing is said.
