@@ -19,7 +19,7 @@ from retinaface.compression.distillation import DistillationSettings, distillati
 from retinaface.compression.features import FeatureTap, feature_widths, make_adapters
 from retinaface.compression.structure import Network, load_network
 from retinaface.errors import InputError
-from retinaface.model.losses import shared_divisor
+from retinaface.model.losses import mean_over_processes, shared_divisor
 from retinaface.model.network import Activation, Outputs
 
 
@@ -179,7 +179,13 @@ class CompressionModule(RetinaFaceModule):
                 own_features = [adapt(maps) for adapt, maps in zip(self.adapters, tap.features, strict=True)]
                 wanted_features = self._teacher_tap.features
             losses = distillation_losses(
-                outputs, wanted, self.distillation, own_features, wanted_features, shared_divisor
+                outputs,
+                wanted,
+                self.distillation,
+                own_features,
+                wanted_features,
+                shared_divisor,
+                mean_over_processes,
             )
             total = sum(losses.values(), start=images.new_zeros(()))
         self.log_losses("distillation", losses, total, len(images))

@@ -15,7 +15,7 @@ from torchvision.ops import generalized_box_iou_loss  # type: ignore[import-unty
 from retinaface.compression.features import FeatureLevels
 from retinaface.errors import InputError
 from retinaface.model.boxes import VARIANCES, decode_boxes
-from retinaface.model.losses import Divisor, own_divisor
+from retinaface.model.losses import Divisor, Mean, own_divisor, own_mean
 from retinaface.model.network import Outputs
 
 Part = Literal["logits", "boxes", "landmarks", "features"]
@@ -120,6 +120,7 @@ def distillation_losses(
     student_features: Sequence[Tensor] = (),
     teacher_features: Sequence[Tensor] = (),
     divisor: Divisor = own_divisor,
+    mean: Mean = own_mean,
 ) -> dict[Part, Tensor]:
     """How far the student is from what the teacher says, by part.
 
@@ -130,7 +131,8 @@ def distillation_losses(
         student_features: ``(B, C, H, W)`` per level, in the teacher's widths; needed where features have a weight.
         teacher_features: The same from the teacher, without gradients.
         divisor: What to divide by, from the sums of both weights of the anchors, :func:`class_weight` and
-            :func:`teacher_certainty`; ``pkd`` and ``mse`` look at the pictures given here alone.
+            :func:`teacher_certainty`.
+        mean: What makes the statistics of all pictures, for ``pkd`` and ``mse``, from those of the pictures given here.
 
     Returns:
         Weighted scalars, finite also where the teacher sees no face; their sum is the loss. Parts without a weight are
@@ -155,11 +157,11 @@ def distillation_losses(
     if settings.features:
         levels = zip(student_features, teacher_features, strict=True)
         if settings.feature_loss == "pkd":
-            of_levels = [pearson_distillation(own, wanted) for own, wanted in levels]
+            of_levels = [pearson_distillation(own, wanted, mean) for own, wanted in levels]
         elif settings.feature_loss == "cwd":
             of_levels = [channel_distillation(own, wanted, settings.temperature) for own, wanted in levels]
         else:
-            of_levels = [hint_distillation(own, wanted) for own, wanted in levels]
+            of_levels = [hint_distillation(own, wanted, mean) for own, wanted in levels]
         losses["features"] = settings.features * torch.stack(of_levels).mean()
     return losses
 
@@ -266,7 +268,7 @@ def _decode_relative(deltas: Tensor) -> Tensor:
     )
 
 
-def pearson_distillation(student: Tensor, teacher: Tensor) -> Tensor:
+def pearson_distillation(student: Tensor, teacher: Tensor, mean: Mean = own_mean) -> Tensor:
     """1 - Pearson's correlation of each channel over the batch and its positions (PKD, arXiv:2207.02039).
 
     That is half the mean squared error between features standardised per channel: size and offset of the features do
@@ -276,17 +278,32 @@ def pearson_distillation(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: ``(B, C, H, W)``.
         teacher: ``(B, C, H, W)``.
+        mean: Makes statistics of all pictures from those of these.
 
     Returns:
         A scalar from 0 to 2, the mean over the channels.
     """
-    own, wanted = (maps.float().transpose(0, 1).flatten(1) for maps in (student, teacher))
-    own, wanted = (values - values.mean(dim=1, keepdim=True) for values in (own, wanted))
-    covariance = (own * wanted).mean(dim=1)
-    variances = own.square().mean(dim=1) * wanted.square().mean(dim=1)
+    own, wanted = (_centred(maps.float().transpose(0, 1).flatten(1)) for maps in (student, teacher))
+    variances = _covariance(own, own, mean) * _covariance(wanted, wanted, mean)
     varies = variances > _SMALLEST_VARIANCE
-    correlation = torch.where(varies, covariance, 0.0) / torch.where(varies, variances, 1.0).sqrt()
-    return (1 - correlation).mean()
+    covariance = torch.where(varies, _covariance(own, wanted, mean), 0.0)
+    return (1 - covariance / torch.where(varies, variances, 1.0).sqrt()).mean()
+
+
+def _centred(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``(C, N)`` without their means, and these ``(C,)``."""
+    means = rows.mean(dim=1)
+    return rows - means[:, None], means
+
+
+def _covariance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], mean: Mean) -> Tensor:
+    """Covariance ``(C,)`` of each centred row with that of the other, over the pictures of all processes."""
+    (values, means), (other_values, other_means) = first, second
+    # That of all is the mean of those within each process, and the covariance of the processes' means.
+    within, products, means, other_means = mean(
+        torch.stack([(values * other_values).mean(dim=1), means * other_means, means, other_means])
+    ).unbind()
+    return within + (products - means * other_means)
 
 
 def channel_distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -308,7 +325,7 @@ def channel_distillation(student: Tensor, teacher: Tensor, temperature: float) -
     return temperature**2 * divergence.mean()
 
 
-def hint_distillation(student: Tensor, teacher: Tensor) -> Tensor:
+def hint_distillation(student: Tensor, teacher: Tensor, mean: Mean = own_mean) -> Tensor:
     """Mean squared error of each channel, relative to the teacher's variance (FitNets, arXiv:1412.6550).
 
     The features themselves are to be met, as the teacher's later layers would need them: the loss for a student that
@@ -317,10 +334,12 @@ def hint_distillation(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: ``(B, C, H, W)``.
         teacher: ``(B, C, H, W)``.
+        mean: Makes statistics of all pictures from those of these.
 
     Returns:
         A scalar, the mean over the channels; 1 for a student that puts out the mean of every channel.
     """
     own, wanted = (maps.float().transpose(0, 1).flatten(1) for maps in (student, teacher))
     errors = (own - wanted).square().mean(dim=1)
-    return (errors / (wanted.var(dim=1, correction=0) + _NOISE)).mean()
+    centred = _centred(wanted)
+    return (errors / (_covariance(centred, centred, mean) + _NOISE)).mean()

@@ -20,6 +20,9 @@ _FACES_AT_A_TIME = {"cpu": 16, "cuda": 64}
 # Turns the counts that sums are divided by into divisors: own_divisor or shared_divisor.
 Divisor = Callable[[Tensor], Tensor]
 
+# Makes the statistics of all pictures from those of this process's: own_mean or mean_over_processes.
+Mean = Callable[[Tensor], Tensor]
+
 
 class Targets(NamedTuple):
     """What each anchor should say.
@@ -138,6 +141,30 @@ def shared_divisor(counts: Tensor) -> Tensor:
     together = counts.detach().nan_to_num(0)
     distributed.all_reduce(together)
     return own_divisor(together) / distributed.get_world_size()
+
+
+def own_mean(values: Tensor) -> Tensor:
+    """The values as they are, of any shape and type."""
+    return values
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """The mean of statistics over all processes of a training, which must all call this.
+
+    Gradients pass as those of one process that has the pictures of all, if gradients are averaged over the processes.
+
+    Args:
+        values: Any shape, the same everywhere, floating point.
+
+    Returns:
+        The same shape; without other processes the values as they are.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return values
+    from torch.distributed.nn.functional import all_reduce
+
+    together: Tensor = all_reduce(values)  # type: ignore[no-untyped-call]
+    return together / distributed.get_world_size()
 
 
 def detection_loss(

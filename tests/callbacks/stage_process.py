@@ -6,6 +6,7 @@ As ``stage_process.<class>`` the callbacks can be named on the command line.
 import os
 import signal
 import sys
+from contextlib import suppress
 from multiprocessing import active_children
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +36,16 @@ class KillLoaderInSecondEpoch(L.Callback):
         if trainer.current_epoch == 1:
             for worker in active_children():
                 os.kill(worker.pid, signal.SIGKILL)
+
+
+class FillDiskInSecondEpoch(L.Callback):
+    """Leaves no room on the disk that the training writes to."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.current_epoch == 1 and batch_idx == 0:
+            with suppress(OSError), (Path(trainer.default_root_dir) / "filler").open("wb", buffering=0) as filler:
+                while filler.write(bytes(4096)):
+                    pass
 
 
 class SpoilLandmarks(L.Callback):

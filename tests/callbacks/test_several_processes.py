@@ -28,7 +28,23 @@ def test_pruned_again_with_regularization(pruned_again_run, tmp_path, check_half
     check_half_the_batch(pruned_again_run.arguments, pruned_again_run.checkpoint, tmp_path)
 
 
+@pytest.fixture
+def distill_arguments(tiny_root, tiny_checkpoint, make_stage_arguments):
+    start = [f"--model.init_args.{role}={tiny_checkpoint}" for role in ("student", "teacher")]
+    return make_stage_arguments("distill", tiny_root, *start)
+
+
+def test_two_processes_end_with_the_same_distilled_student(distill_arguments, tmp_path, check_two_processes):
+    check_two_processes(distill_arguments, tmp_path)
+
+
+@pytest.mark.parametrize("feature_loss", ["mse", "pkd", "cwd"])
+def test_distilled_student(distill_arguments, feature_loss, tmp_path, run_process, check_half_the_batch):
+    arguments = [*distill_arguments, f"--model.init_args.distillation.feature_loss={feature_loss}"]
+    assert run_process(arguments, tmp_path).returncode == 0
+    check_half_the_batch(arguments, tmp_path / "checkpoints" / "last.ckpt", tmp_path)
+
+
 def test_fake_quantized_student(quantized_run, tmp_path, check_half_the_batch):
-    """Ranges and statistics stand still by now; a correlation of features would depend on the batch."""
-    options = ["--model.init_args.distillation.feature_loss=cwd"]
-    check_half_the_batch([*quantized_run.arguments, *options], quantized_run.checkpoint, tmp_path)
+    """Ranges and statistics stand still by now."""
+    check_half_the_batch(quantized_run.arguments, quantized_run.checkpoint, tmp_path)

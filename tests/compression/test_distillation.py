@@ -17,7 +17,7 @@ from retinaface.compression.distillation import (
 from retinaface.errors import InputError
 from retinaface.model.anchors import make_anchors
 from retinaface.model.boxes import decode_boxes
-from retinaface.model.losses import own_divisor, shared_divisor
+from retinaface.model.losses import mean_over_processes, own_divisor, own_mean, shared_divisor
 
 DEFAULTS = DistillationSettings()
 GIOU = DistillationSettings(box_loss="giou")
@@ -83,6 +83,20 @@ def test_mean_over_processes_is_the_loss_of_one_with_all_pictures(settings, in_t
         first, second = in_two_processes(lambda own, d=divisor: losses(own, d), slice(0, 1), slice(1, 2))
         same = torch.isclose((first + second) / 2, whole)
         assert same.all() if divisor is shared_divisor else not same.any()
+
+
+@pytest.mark.parametrize("distance", [pearson_distillation, hint_distillation])
+def test_statistics_of_features_are_those_of_all_pictures(distance, in_two_processes):
+    """Also of channels whose means and spreads differ between the processes."""
+    student, teacher = (torch.randn(2, 3, 5, 6) for _ in range(2))
+    teacher[1] = 3 * teacher[1] + 5
+    student[1] = 2 * student[1] - 4
+    whole = distance(student, teacher)
+    for mean in (mean_over_processes, own_mean):
+        first, second = in_two_processes(
+            lambda own, m=mean: distance(student[own], teacher[own], m), slice(0, 1), slice(1, 2)
+        )
+        assert torch.isclose((first + second) / 2, whole) == (mean is mean_over_processes)
 
 
 def test_processes_exchange_once():

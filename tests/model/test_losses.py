@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 from torchvision.ops import box_iou
 
 from retinaface.model.anchors import make_anchors
@@ -168,6 +169,19 @@ def test_nothing_waits_for_the_device(no_waiting):
         detection_loss(outputs, assign_targets(*truth, ANCHORS)).total.backward()
     with pytest.raises(AssertionError, match="waits"), no_waiting:
         truth[0][truth[3] == 1]
+
+
+def test_the_profiler_sees_no_waiting(no_waiting):
+    """Reading a value on the host is an operation, also inside others."""
+    waits = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero"}
+    truth, outputs = random_faces(2, 70), random_outputs(2)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        targets = assign_targets(*truth, ANCHORS)
+        detection_loss(outputs, targets).total.backward()
+    assert not waits & {event.key for event in profiler.key_averages()}
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        int(targets.labels.max())
+    assert waits & {event.key for event in profiler.key_averages()}
 
 
 def test_mean_over_processes_is_the_loss_of_one_with_all_pictures(in_two_processes):

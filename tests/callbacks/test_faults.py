@@ -1,0 +1,65 @@
+"""Whole trainings that are broken from outside, and end as if nothing had happened."""
+
+import os
+import subprocess
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def arguments(tiny_root, make_stage_arguments):
+    return make_stage_arguments("teacher", tiny_root, "--model.init_args.network.channels=16")
+
+
+@pytest.fixture
+def end(arguments, tmp_path, run_process):
+    """The weights that an undisturbed training ends with."""
+    assert run_process(arguments, tmp_path / "undisturbed").returncode == 0
+    return weights(tmp_path / "undisturbed")
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small disk, of 64 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root can mount a small disk, where that is allowed")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in second)
+
+
+def test_a_disk_that_is_full_in_the_second_epoch(arguments, end, disk, run_process):
+    result = run_process(arguments, disk, "--trainer.callbacks+=stage_process.FillDiskInSecondEpoch")
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    (error,) = (line for line in result.stderr.splitlines() if line.startswith("error:"))
+    assert "No space left on device" in error
+    assert str(disk) in error
+    (disk / "filler").unlink()
+    again = run_process(arguments, disk, "--ckpt_path=last")
+    assert again.returncode == 0, again.stderr
+    assert same(weights(disk), end)
+
+
+def test_a_last_checkpoint_that_is_damaged(arguments, end, tmp_path, run_process):
+    folder = tmp_path / "undisturbed"
+    last = folder / "checkpoints" / "last.ckpt"
+    os.truncate(last, last.stat().st_size // 2)
+    again = run_process(arguments, folder, "--ckpt_path=last")
+    assert again.returncode == 0, again.stderr
+    assert "last.ckpt" in again.stderr + again.stdout
+    assert "damaged" in again.stderr + again.stdout
+    assert same(weights(folder), end)
