@@ -164,7 +164,7 @@ def export(
     score: float | None = None,
     nms: float | None = None,
     photos: Path | None = None,
-    least_channels: int = 16,
+    least_channels: int | None = None,
 ) -> None:
     """Write a checkpoint as ONNX, INT8 if it was trained for it, and check the file against torch.
 
@@ -185,26 +185,30 @@ def export(
         score: For end_to_end: faces with a lower score are dropped; by default 0.5.
         nms: For end_to_end: of two boxes with a higher overlap (IoU) the lower-scored one is dropped; by default 0.4.
         photos: Photo, or folder of photos, to check the file on besides noise.
-        least_channels: For INT8 for ONNX Runtime: narrower float layers are filled up to it with zeros: 16 for CPUs
-            with AVX-512, 8 for those with AVX2 alone, 1 for browsers.
+        least_channels: For INT8 for ONNX Runtime: narrower float layers are filled up to it with zeros: 16, as by
+            default, for CPUs with AVX-512, 8 for those with AVX2 alone, 1 for browsers.
     """
+    from retinaface.compression.quantization import FakeQuantizedRetinaFace
     from retinaface.compression.structure import load_network
     from retinaface.delivery.export import export_onnx, recorded_facts
     from retinaface.delivery.mobile import export_mobile
     from retinaface.delivery.onnx_forms import OnnxSettings
 
-    given = {"score_threshold": score, "nms_threshold": nms}
-    thresholds = {name: value for name, value in given.items() if value is not None}
-    if thresholds and form != "end_to_end":
+    if (score is not None or nms is not None) and form != "end_to_end":
         raise InputError(
             f"--score and --nms: a file of the form {form} has neither; leave them out, or add --form end_to_end"
         )
     if out.suffix not in (".onnx", ".pte"):
         raise InputError(f"--out {out}: expected a name that ends in .onnx, or in .pte for phones")
     given_size = None if size is None else _height_and_width(size)
-    settings = OnnxSettings(form, input, given_size, batch, **thresholds, least_channels=least_channels)
+    given = {"score_threshold": score, "nms_threshold": nms, "least_channels": least_channels}
+    more: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    settings = OnnxSettings(form, input, given_size, batch, **more)
     found = [] if photos is None else _photos_in(photos)
     network, _ = load_network(ckpt)
+    int8 = network.settings.backend if isinstance(network, FakeQuantizedRetinaFace) else None
+    if least_channels is not None and (out.suffix == ".pte" or int8 != "onnxruntime"):
+        raise InputError("--least_channels: only INT8 files for ONNX Runtime are filled up; leave it out")
     if out.suffix == ".pte":
         export_mobile(network, out, settings, found)
     else:

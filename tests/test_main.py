@@ -219,6 +219,7 @@ def test_export_of_another_form(checkpoint_files, tmp_path, monkeypatch, capsys)
     form = ["--form=end_to_end", "--input=uint8", "--size=480x640", "--batch=2", "--score=0.3", "--nms=0.5"]
     main([*command, *form, "--photos", str(tmp_path / "photos")])
     main([*command, "--photos", str(photos[1])])
+    main([*command[:1], str(checkpoint_files["int8"]), *command[2:], "--least_channels=8"])
     text = capsys.readouterr().out
     assert "(noise and 2 photos)\n" in text
     assert "(noise and 1 photo)\n" in text
@@ -231,10 +232,12 @@ def test_export_of_another_form(checkpoint_files, tmp_path, monkeypatch, capsys)
                 "batch": 2,
                 "score_threshold": 0.3,
                 "nms_threshold": 0.5,
+                "least_channels": 16,
             },
             photos,
         ),
         (asdict(OnnxSettings()), photos[1:]),
+        (asdict(OnnxSettings(least_channels=8)), []),
     ]
 
 
@@ -248,6 +251,13 @@ def test_export_of_no_size(checkpoint_files, size, tmp_path, capsys):
 def test_export_with_thresholds_that_nothing_would_look_at(checkpoint_files, option, form, tmp_path, capsys):
     line = fails(capsys, "export", checkpoint_files["float"], "--out", tmp_path / "x.onnx", option, "--form", form)
     assert f"a file of the form {form} has neither; leave them out, or add --form end_to_end" in line
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("float", ".onnx"), ("int8", ".pte")])
+def test_export_with_channels_that_nothing_would_be_filled_up_to(checkpoint_files, kind, suffix, tmp_path, capsys):
+    out = tmp_path / f"x{suffix}"
+    line = fails(capsys, "export", checkpoint_files[kind], "--out", out, "--least_channels=8")
+    assert "--least_channels: only INT8 files for ONNX Runtime are filled up; leave it out" in line
 
 
 def test_export_to_another_kind_of_file(checkpoint_files, tmp_path, capsys):

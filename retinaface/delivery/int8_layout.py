@@ -63,7 +63,8 @@ def widen_float_layers(graph: GraphProto, least: int) -> None:
     6 to 10 % less time with AVX-512, and 7 % more with AVX2 (ONNX Runtime 1.32, two cores; for AVX2 those of the same
     CPU, without the rest of its instructions).
 
-    Filled are layers that go through activations and depthwise convolutions alone into such a convolution.
+    Filled are layers that go through activations and depthwise convolutions alone into such a convolution, unless
+    something else takes what they give, or has the same weights.
 
     Args:
         graph: Changed in place.

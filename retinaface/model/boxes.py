@@ -20,12 +20,6 @@ def to_xyxy(boxes: Tensor) -> Tensor:
     return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
 
 
-def to_cxcywh(boxes: Tensor) -> Tensor:
-    """Turns xyxy ``(..., 4)`` into cxcywh."""
-    low, high = boxes.split(2, dim=-1)
-    return torch.cat([(low + high) / 2, high - low], dim=-1)
-
-
 def pairwise_iou(boxes: Tensor, anchors: Tensor) -> Tensor:
     """Intersection over union of every box with every anchor.
 

@@ -163,7 +163,7 @@ def mean_over_processes(values: Tensor) -> Tensor:
         return values
     from torch.distributed.nn.functional import all_reduce
 
-    together: Tensor = all_reduce(values)  # type: ignore[no-untyped-call]
+    together: Tensor = all_reduce(values)
     return together / distributed.get_world_size()
 
 

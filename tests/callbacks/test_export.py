@@ -83,10 +83,10 @@ def test_settings_and_photos_are_passed_on(pruned_run, monkeypatch):
     monkeypatch.setattr(
         "callbacks.export.export_onnx", lambda network, path, *given, **more: calls.append((given, more))
     )
-    callback = ExportOnnx(None, "end_to_end", "uint8", (480, 640), 1, 0.3, 0.5)
+    callback = ExportOnnx(None, "end_to_end", "uint8", (480, 640), 1, 0.3, 0.5, 8)
     callback.on_fit_end(pruned_run.cli.trainer, pruned_run.cli.model)
     ((settings,), more) = calls[0]
-    assert settings == OnnxSettings("end_to_end", "uint8", (480, 640), 1, 0.3, 0.5)
+    assert settings == OnnxSettings("end_to_end", "uint8", (480, 640), 1, 0.3, 0.5, 8)
     photos = [sample.path for sample in pruned_run.cli.datamodule.val_samples]
     assert more["photos"] == [photos[0], photos[2]]
     monkeypatch.setattr(pruned_run.cli.trainer, "datamodule", None)

@@ -142,12 +142,15 @@ def test_narrow_float_layers_are_filled_with_zeros():
         ("cut = Relu (spread)", "whole = Relu (spread)\ncut = Add (whole, spread)", 8),
         ("cut = Relu (spread)", "cut = Relu (spread)\nfor_another = Relu (spread)", 8),
         ("(map, depthwise, other_bias)", "(map, depthwise, bias)", 8),
-        ("<group = 2, pads = [0, 0, 0, 1]> (map, depthwise, other_bias)", "(map, first)", 8),
+        ("found = Conv (cut, last)", "found = Conv (cut, last)\nfor_another = Conv (image, last)", 8),
+        ("float[5, 2, 1, 1] last", "float[1, 10, 1, 1] last", 16),
+        ("width] found)", "width] found, float[batch, 2, height, width] map)", 8),
         ("sums = Conv (image, first, bias)", "sums = Identity (image)", 8),
         ("cut = Relu (spread)", "whole = QuantizeLinear (spread, one, zero)\ncut = DequantizeLinear (whole, one, zero)",
          8),
     ],
-    ids=["wide enough", "not zero for zero", "added", "two users", "shared weights", "not depthwise", "image", "INT8"],
+    ids=["wide enough", "not zero for zero", "added", "two users", "shared weights", "shared last weights",
+         "more channels than groups", "output", "image", "INT8"],
 )  # fmt: skip
 def test_any_other_layer_stays(old, new, least):
     text = NARROW.replace("<float[2, 3", "<float one = {1.0}, uint8 zero = {9}, float[2, 3")
