@@ -6,7 +6,7 @@ As ``stage_process.<class>`` the callbacks can be named on the command line.
 import os
 import signal
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from multiprocessing import active_children
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,6 +68,17 @@ class FreezeStatistics(L.Callback):
         for module in pl_module.network.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.eval()
+
+
+class WithoutRounding(L.Callback):
+    """A fake-quantized student computes as in float."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.exact = ExitStack()
+        self.exact.enter_context(pl_module.network.without_rounding())
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.exact.close()
 
 
 class SaveEveryRank(L.Callback):

@@ -46,5 +46,10 @@ def test_distilled_student(distill_arguments, feature_loss, tmp_path, run_proces
 
 
 def test_fake_quantized_student(quantized_run, tmp_path, check_half_the_batch):
-    """Ranges and statistics stand still by now."""
-    check_half_the_batch(quantized_run.arguments, quantized_run.checkpoint, tmp_path)
+    """Ranges and statistics stand still by now.
+
+    Nor does anything round: convolutions of two pictures and of four may differ in their last bit, by the CPU, and a
+    value that falls on the other side of a rounding step moves all that comes after it.
+    """
+    arguments = [*quantized_run.arguments, "--trainer.callbacks+=stage_process.WithoutRounding"]
+    check_half_the_batch(arguments, quantized_run.checkpoint, tmp_path)
