@@ -85,6 +85,7 @@ class SaveEveryRank(L.Callback):
     """Saves what each process trains before and after training, and the photos its metric saw."""
 
     def on_fit_start(self, trainer, pl_module) -> None:
+        self.seen: list[int] = []
         self.before = {name: value.clone() for name, value in student_state(pl_module).items()}
 
     def on_validation_epoch_end(self, trainer, pl_module) -> None:
@@ -96,7 +97,7 @@ class SaveEveryRank(L.Callback):
             "before": self.before,
             "after": student_state(pl_module),
             "trained": [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad],
-            "ap": float(trainer.callback_metrics["val/ap_all"]),
+            "ap": float(trainer.callback_metrics.get("val/ap_all", "nan")),  # calibration measures none
             "seen": self.seen,
         }
         torch.save(content, Path(trainer.default_root_dir) / f"rank_{trainer.global_rank}.pt")

@@ -1,6 +1,7 @@
 """What several processes learn is what one learns that has all their photos."""
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.slow
 
@@ -36,6 +37,17 @@ def distill_arguments(tiny_root, tiny_checkpoint, make_stage_arguments):
 
 def test_two_processes_end_with_the_same_distilled_student(distill_arguments, tmp_path, check_two_processes):
     check_two_processes(distill_arguments, tmp_path)
+
+
+def test_two_processes_calibrate_the_same(tiny_root, tiny_checkpoint, make_stage_arguments, tmp_path, run_process):
+    arguments = make_stage_arguments("ptq", tiny_root, f"--model.init_args.student={tiny_checkpoint}")
+    options = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    result = run_process(arguments, tmp_path, *options, "--trainer.callbacks+=stage_process.SaveEveryRank")
+    assert result.returncode == 0, result.stderr
+    first, second = (torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in range(2))
+    assert first["after"].keys() == second["after"].keys()
+    assert all(torch.equal(first["after"][name], value) for name, value in second["after"].items())
+    assert any(name.endswith("scale") for name in first["after"])
 
 
 @pytest.mark.parametrize("feature_loss", ["mse", "pkd", "cwd"])
