@@ -640,6 +640,8 @@ def test_a_whole_recipe_is_on_the_dashboard(wandb_offline, tmp_path):
         "report": [*made],
     }
     assert all(made[name] == digest for each in used.values() for name, digest in each.items())
+    files_made = {name: [each.name for each in run.made if each.type == "onnx"] for name, run in runs.items()}
+    assert files_made == {name: [f"mine-{name}-model.onnx"] if name != "report" else [] for name in runs}
     for name in ("teacher", "pruned", "int8"):
         assert len(runs[name].history["val/ap_all"]) == 1, name
     files = runs["report"].file.parent / "files"

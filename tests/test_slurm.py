@@ -741,11 +741,15 @@ def restarts(job):
     return "Restarts=1" in ask("scontrol", "show", "job", job)
 
 
+def start_again(job):
+    assert wait_until(lambda: "JobState=PENDING" in ask("scontrol", "show", "job", job), 60)
+    now = ["StartTime=now", "TimeLimit=60"]  # instead of in two minutes, and for as long as was left
+    subprocess.run(["scontrol", "update", f"jobid={job}", *now], check=True)
+
+
 def finish(jobs, folder):
     """Starts the first job again, waits for the end of all, and gives their logs."""
-    assert wait_until(lambda: "JobState=PENDING" in ask("scontrol", "show", "job", jobs[0]), 60)
-    now = ["StartTime=now", "TimeLimit=60"]  # instead of in two minutes, and for as long as was left
-    subprocess.run(["scontrol", "update", f"jobid={jobs[0]}", *now], check=True)
+    start_again(jobs[0])
     assert wait_until(lambda: not ask("squeue", "-h", f"--jobs={','.join(jobs)}"), 1200), ask("squeue")
     logs = folder / "cut" / "slurm"
     output = {name: (logs / f"{name}-{job}.log").read_text() for name, job in zip(STAGES, jobs, strict=True)}
@@ -758,12 +762,16 @@ def finish(jobs, folder):
 
 def require_equal(cut_run, whole_run):
     for name, steps in (("teacher", 8), ("pruned", 4), ("ptq", 0), ("int8", 4)):
-        cut, whole = (
-            torch.load(run / name / "checkpoints" / "last.ckpt", weights_only=True) for run in (cut_run, whole_run)
-        )
-        assert cut["global_step"] == whole["global_step"] == steps
-        assert cut["state_dict"].keys() == whole["state_dict"].keys()
-        assert all(torch.equal(cut["state_dict"][key], value) for key, value in whole["state_dict"].items()), name
+        require_equal_stage(cut_run / name, whole_run / name, steps)
+
+
+def require_equal_stage(cut_stage, whole_stage, steps):
+    first, second = (
+        torch.load(stage / "checkpoints" / "last.ckpt", weights_only=True) for stage in (cut_stage, whole_stage)
+    )
+    assert first["global_step"] == second["global_step"] == steps
+    assert first["state_dict"].keys() == second["state_dict"].keys()
+    assert all(torch.equal(first["state_dict"][key], value) for key, value in second["state_dict"].items()), cut_stage
 
 
 @pytest.mark.slow
@@ -794,6 +802,36 @@ def test_a_job_that_is_pre_empted_goes_on_and_the_chain_ends(partition, submit_c
         assert "requeue: the time is over in epoch 0, step 3" in output["teacher"]
         assert "[1/4] teacher: resuming" in output["teacher"]
     require_equal(tmp_path / "cut", whole)
+
+
+@pytest.mark.slow
+def test_a_single_training_whose_time_is_over_goes_on(real_cluster, whole, tmp_path):
+    """By the batch script for one training, from the project's folder."""
+    write_real_recipe(tmp_path)
+    teacher = yaml.safe_load((tmp_path / "recipe.yaml").read_text())["stages"][0]
+    configs = [f"--config=configs/{config}" for config in teacher["config"]]
+    options = {"data.init_args.root": tmp_path / "photos", **teacher["options"]}
+    (tmp_path / "slow.py").write_text(SLOW)
+    run, log = tmp_path / "run", tmp_path / "job.log"
+    resources = ["--time=60", "--ntasks-per-node=2", "--cpus-per-task=1", "--signal=USR2@60", f"--output={log}"]
+    submitted = subprocess.run(
+        ["sbatch", "--parsable", *resources, "configs/slurm/train.sbatch", *configs]
+        + [f"--{name}={value}" for name, value in options.items()]
+        + ["--trainer.callbacks+=slow.WaitForTheEnd"],
+        cwd=ROOT,
+        env={**os.environ, "RUN": str(run), "VENV": sys.prefix, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    job = submitted.stdout.strip()
+    assert wait_until((run / "waiting").exists, 200), ask("squeue")
+    end_soon(job)
+    assert wait_until(lambda: restarts(job), 200), ask("squeue")
+    start_again(job)
+    assert wait_until(lambda: not ask("squeue", "-h", f"--jobs={job}"), 400), ask("squeue")
+    assert "requeue: the time is over in epoch 0, step 3" in log.read_text()
+    require_equal_stage(run, whole / "teacher", 8)
 
 
 @pytest.mark.slow

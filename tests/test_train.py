@@ -112,6 +112,18 @@ def test_loggers_write_to_the_runs_folder(options, place, tiny_root, tmp_path, m
     assert cli.trainer.log_dir == str(tmp_path / "run" / place)
 
 
+@pytest.mark.slow
+def test_curves_and_pictures_are_in_tensorboard(tiny_root, tmp_path, no_export):
+    """Where it is installed: ``pip install tensorboard``."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    options = ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=.", "--trainer.log_every_n_steps=1"]
+    cli = train.main(arguments(tiny_root, *TEACHER, more=[*one_run_in(tmp_path), *options]))
+    events = reader.EventAccumulator(cli.trainer.log_dir)
+    events.Reload()
+    assert {"train/loss", "val/ap_all", "train/images_per_second"} <= set(events.Tags()["scalars"])
+    assert {"train/batch", "val/detections"} <= set(events.Tags()["images"])
+
+
 def test_wandb_is_added_to_the_csv_files(tiny_root, tmp_path, monkeypatch):
     monkeypatch.setattr(L.Trainer, "_fit_impl", lambda *_, **__: None)
     more = [*one_run_in(tmp_path / "run"), "--trainer.logger.init_args.project=faces"]

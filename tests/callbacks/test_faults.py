@@ -1,6 +1,7 @@
 """Whole trainings that are broken from outside, and end as if nothing had happened."""
 
 import os
+import signal
 import subprocess
 
 import pytest
@@ -33,12 +34,32 @@ def disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
+def last_checkpoint(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
 def weights(folder):
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return last_checkpoint(folder)["state_dict"]
+
+
+def steps(folder):
+    return last_checkpoint(folder)["global_step"]
 
 
 def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in second)
+
+
+def test_a_training_that_accumulates_gradients_is_killed(arguments, tmp_path, run_process):
+    """An epoch of two batches is one step."""
+    arguments = [*arguments, "--trainer.accumulate_grad_batches=2"]
+    assert run_process(arguments, tmp_path / "undisturbed").returncode == 0
+    killed = run_process(arguments, tmp_path / "cut", "--trainer.callbacks+=stage_process.KillInSecondEpoch")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    again = run_process(arguments, tmp_path / "cut", "--ckpt_path=last")
+    assert again.returncode == 0, again.stderr
+    assert steps(tmp_path / "cut") == steps(tmp_path / "undisturbed") == 3
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "undisturbed"))
 
 
 def test_a_disk_that_is_full_in_the_second_epoch(arguments, end, disk, run_process):

@@ -1,7 +1,11 @@
 """What several processes learn is what one learns that has all their photos."""
 
+from pathlib import Path
+
 import pytest
 import torch
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.slow
 
@@ -14,6 +18,17 @@ def teacher_arguments(tiny_root, tiny_checkpoint, make_stage_arguments):
 
 def test_two_processes_end_with_the_same_teacher(teacher_arguments, tmp_path, check_two_processes):
     check_two_processes(teacher_arguments, tmp_path)
+
+
+def test_one_of_two_processes_begins_a_run_on_wandb(teacher_arguments, tmp_path, run_process, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    options = [f"--config={ROOT / 'configs' / 'wandb.yaml'}", "--trainer.max_epochs=1"]
+    options += ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    result = run_process(teacher_arguments, tmp_path, *options)
+    assert result.returncode == 0, result.stderr
+    (run,) = tmp_path.glob("wandb/offline-run-*")
+    assert any(file.suffix == ".wandb" for file in run.iterdir())
 
 
 def test_teacher(teacher_arguments, tmp_path, run_process, check_half_the_batch):
