@@ -176,7 +176,7 @@ def teacher_certainty(teacher_logits: Tensor, confidence: float) -> Tensor:
     Returns:
         ``(B, A)``: the teacher's face score, 0 where it is below ``confidence``.
     """
-    score = teacher_logits.softmax(dim=-1)[..., 1]
+    score = _margin(teacher_logits).sigmoid()
     return torch.where(score >= confidence, score, 0.0)
 
 
@@ -193,7 +193,12 @@ def class_weight(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     Returns:
         ``(B, A)``, without gradients.
     """
-    return torch.maximum(student_logits.softmax(-1)[..., 1], teacher_logits.softmax(-1)[..., 1]).detach()
+    return torch.maximum(_margin(student_logits), _margin(teacher_logits)).sigmoid().detach()
+
+
+def _margin(logits: Tensor) -> Tensor:
+    """Logit of a face ``(B, A)`` from those of both classes; a CPU takes fifty times as long for softmax over two."""
+    return logits[..., 1] - logits[..., 0]
 
 
 def logit_distillation(student_logits: Tensor, teacher_logits: Tensor, temperature: float, weight: Tensor) -> Tensor:
@@ -210,13 +215,13 @@ def logit_distillation(student_logits: Tensor, teacher_logits: Tensor, temperatu
     Returns:
         A scalar, the weighted sum.
     """
-    divergence = F.kl_div(
-        F.log_softmax(student_logits / temperature, dim=-1),
-        F.log_softmax(teacher_logits / temperature, dim=-1),
-        reduction="none",
-        log_target=True,
-    ).sum(-1)
-    return temperature**2 * (weight * divergence).sum()
+    own, wanted = (_margin(logits) / temperature for logits in (student_logits, teacher_logits))
+    score = wanted.sigmoid()
+    # The divergence is what the cross-entropy has beyond the teacher's own entropy.
+    cross_entropy, entropy = (
+        F.binary_cross_entropy_with_logits(margin, score, reduction="none") for margin in (own, wanted)
+    )
+    return temperature**2 * (weight * (cross_entropy - entropy)).sum()
 
 
 def box_distillation(student_deltas: Tensor, teacher_deltas: Tensor, certainty: Tensor) -> Tensor:
@@ -230,7 +235,7 @@ def box_distillation(student_deltas: Tensor, teacher_deltas: Tensor, certainty: 
     Returns:
         A scalar, the weighted sum; 0, with gradients of 0, where the weights are all 0.
     """
-    return (F.smooth_l1_loss(student_deltas, teacher_deltas, reduction="none").sum(-1) * certainty).sum()
+    return (F.smooth_l1_loss(student_deltas, teacher_deltas, reduction="none") * certainty[..., None]).sum()
 
 
 def landmark_distillation(student_deltas: Tensor, teacher_deltas: Tensor, certainty: Tensor) -> Tensor:
