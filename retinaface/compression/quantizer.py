@@ -21,6 +21,7 @@ from torchao.quantization.pt2e.quantizer import (
     Quantizer,
     SharedQuantizationSpec,
 )
+from typing_extensions import override
 
 from retinaface.model.network import lies_in
 
@@ -74,6 +75,12 @@ class ActivationFakeQuantize(FusedMovingAvgObsFakeQuantize):
     compute them once more, in another way, and not always come to the same.
     """
 
+    @override
+    def forward(self, X: Tensor) -> Tensor:
+        order = _order_of_memory(X)
+        rounded: Tensor = super().forward(X.permute(order))
+        return rounded.permute([order.index(axis) for axis in range(X.dim())])
+
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point, ``(1,)`` each, as last used."""
         return self.scale, self.zero_point
@@ -123,12 +130,20 @@ class SymmetricActivationFakeQuantize(ActivationFakeQuantize):
 
     def _observe(self, values: Tensor) -> None:
         observer = self.activation_post_process
-        for end, new in zip((observer.min_val, observer.max_val), torch.aminmax(values), strict=True):
+        for end, new in zip(
+            (observer.min_val, observer.max_val), torch.aminmax(values.permute(_order_of_memory(values))), strict=True
+        ):
             moved = end + observer.averaging_constant * (new - end)
             end.copy_(torch.where(end.isinf(), new, moved))  # infinite before the first batch
         largest = torch.maximum(-observer.min_val, observer.max_val).clamp(min=0)
         scale = largest / ((self.quant_max - self.quant_min) / 2)
         self.scale.copy_(scale.clamp(min=torch.finfo(torch.float32).eps))
+
+
+def _order_of_memory(values: Tensor) -> list[int]:
+    """The axes of a tensor from the slowest to the fastest: to look for a range, all else is copied first."""
+    channels_last = values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last)
+    return [0, 2, 3, 1] if channels_last else list(range(values.dim()))
 
 
 class PerChannelFakeQuantize(FakeQuantizeBase):

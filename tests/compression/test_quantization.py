@@ -1,3 +1,4 @@
+import math
 import re
 from collections import Counter
 from copy import deepcopy
@@ -7,13 +8,19 @@ import onnxruntime as ort
 import pytest
 import torch
 from torch import nn
+from torchao.quantization.pt2e.observer import MovingAverageMinMaxObserver
 
 from retinaface.compression.quantization import (
     QuantizationSettings,
     convert,
     prepare_for_training,
 )
-from retinaface.compression.quantizer import ActivationFakeQuantize, PerChannelFakeQuantize, module_name
+from retinaface.compression.quantizer import (
+    ActivationFakeQuantize,
+    PerChannelFakeQuantize,
+    SymmetricActivationFakeQuantize,
+    module_name,
+)
 from retinaface.delivery.export import export_onnx
 from retinaface.errors import InputError
 from retinaface.evaluation.int8_share import convolutions_in_int8
@@ -317,6 +324,31 @@ def test_weights_are_rounded_straight_through_and_by_their_own_range():
         rounding(weight)
     # Within one operation, where NoWaiting does not see it: reading a number, for which a GPU is waited for.
     assert "aten::item" not in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (ActivationFakeQuantize, {"quant_min": 0, "quant_max": 255}),
+        (SymmetricActivationFakeQuantize, {"quant_min": -128, "quant_max": 127, "dtype": torch.int8}),
+    ],
+)
+def test_maps_are_rounded_alike_in_every_layout(kind, settings):
+    maps = torch.randn(2, 8, 8, 8)
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        given = maps.clone(memory_format=layout).requires_grad_()
+        rounding = kind(MovingAverageMinMaxObserver, **settings)
+        rounded = rounding(given)
+        assert rounded.is_contiguous(memory_format=layout)
+        (rounded * maps).sum().backward()
+        found.append((rounded, given.grad, *rounding.calculate_qparams()))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+            rounding(given)
+        copies = [event for event in profile.events() if event.name == "aten::copy_"]
+        assert not any(maps.numel() in map(math.prod, event.input_shapes) for event in copies)
+    assert all(torch.equal(*values) for values in zip(*found, strict=True))
+    assert (found[0][0] != maps).any()
 
 
 def test_a_gpu_is_left_alone_while_the_graph_is_made(float_network, monkeypatch):
