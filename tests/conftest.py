@@ -307,12 +307,6 @@ def in_two_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Tens
     )
     monkeypatch.setattr("retinaface.model.losses.distributed", always)
 
-    def all_reduced(values: Tensor) -> Tensor:
-        all_reduce(total := values.clone())
-        return total
-
-    monkeypatch.setattr("torch.distributed.nn.functional.all_reduce", all_reduced)
-
     def run(function: Callable[..., Tensor], *arguments: object) -> list[Tensor]:
         with ThreadPoolExecutor(2) as threads:
             return list(threads.map(function, arguments))

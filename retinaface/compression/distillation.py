@@ -23,6 +23,9 @@ BoxLoss = Literal["smooth_l1", "giou"]
 FeatureLoss = Literal["pkd", "cwd", "mse"]
 Precision = Literal["float32", "bfloat16"]
 
+# Rows (C, N) without their means, and these (C,).
+_Centred = tuple[Tensor, Tensor]
+
 # Boxes beyond 1000 / 16 times their anchor's side, or below the inverse, are as good as these: exp() must not overflow.
 _LARGEST_LOG_SIZE = 4.135
 
@@ -289,25 +292,23 @@ def pearson_distillation(student: Tensor, teacher: Tensor, mean: Mean = own_mean
         A scalar from 0 to 2, the mean over the channels.
     """
     own, wanted = (_centred(maps.float().transpose(0, 1).flatten(1)) for maps in (student, teacher))
-    variances = _covariance(own, own, mean) * _covariance(wanted, wanted, mean)
+    own_variance, wanted_variance, covariance = _covariances([(own, own), (wanted, wanted), (own, wanted)], mean)
+    variances = own_variance * wanted_variance
     varies = variances > _SMALLEST_VARIANCE
-    covariance = torch.where(varies, _covariance(own, wanted, mean), 0.0)
-    return (1 - covariance / torch.where(varies, variances, 1.0).sqrt()).mean()
+    return (1 - torch.where(varies, covariance, 0.0) / torch.where(varies, variances, 1.0).sqrt()).mean()
 
 
-def _centred(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows ``(C, N)`` without their means, and these ``(C,)``."""
+def _centred(rows: Tensor) -> _Centred:
     means = rows.mean(dim=1)
     return rows - means[:, None], means
 
 
-def _covariance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], mean: Mean) -> Tensor:
-    """Covariance ``(C,)`` of each centred row with that of the other, over the pictures of all processes."""
-    (values, means), (other_values, other_means) = first, second
+def _covariances(pairs: Sequence[tuple[_Centred, _Centred]], mean: Mean) -> Tensor:
+    """Covariances ``(pairs, C)`` of rows over the pictures of all processes, in one exchange between them."""
+    within = torch.stack([(values * others).mean(dim=1) for (values, _), (others, _) in pairs])
+    means, other_means = (torch.stack([pair[side][1] for pair in pairs]) for side in (0, 1))
     # That of all is the mean of those within each process, and the covariance of the processes' means.
-    within, products, means, other_means = mean(
-        torch.stack([(values * other_values).mean(dim=1), means * other_means, means, other_means])
-    ).unbind()
+    within, products, means, other_means = mean(torch.stack([within, means * other_means, means, other_means])).unbind()
     return within + (products - means * other_means)
 
 
@@ -347,4 +348,5 @@ def hint_distillation(student: Tensor, teacher: Tensor, mean: Mean = own_mean) -
     own, wanted = (maps.float().transpose(0, 1).flatten(1) for maps in (student, teacher))
     errors = (own - wanted).square().mean(dim=1)
     centred = _centred(wanted)
-    return (errors / (_covariance(centred, centred, mean) + _NOISE)).mean()
+    variances = _covariances([(centred, centred)], mean)[0]
+    return (errors / (variances + _NOISE)).mean()

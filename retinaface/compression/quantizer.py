@@ -118,6 +118,7 @@ class SymmetricActivationFakeQuantize(ActivationFakeQuantize):
         super().enable_fake_quant(enabled)
         self._rounds = enabled
 
+    @override
     def forward(self, X: Tensor) -> Tensor:
         """Keeps the shape; gradients pass straight through."""
         if self._observes:

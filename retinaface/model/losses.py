@@ -151,20 +151,20 @@ def own_mean(values: Tensor) -> Tensor:
 def mean_over_processes(values: Tensor) -> Tensor:
     """The mean of statistics over all processes of a training, which must all call this.
 
-    Gradients pass as those of one process that has the pictures of all, if gradients are averaged over the processes.
+    Gradients pass as if the mean were the process's own value. Averaged over the processes, they are those of one
+    process that has the pictures of all, wherever each computes the same from the means.
 
     Args:
         values: Any shape, the same everywhere, floating point.
 
     Returns:
-        The same shape; without other processes the values as they are.
+        The same shape; without other processes the values as they are. No NaN comes from one process to the others.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return values
-    from torch.distributed.nn.functional import all_reduce
-
-    together: Tensor = all_reduce(values)
-    return together / distributed.get_world_size()
+    together = values.detach().nan_to_num(0)
+    distributed.all_reduce(together)
+    return values + (together / distributed.get_world_size() - values).detach()
 
 
 def detection_loss(

@@ -9,6 +9,8 @@ import torch
 
 pytestmark = pytest.mark.slow
 
+GOES_ON = ["--ckpt_path=last", "--trainer.callbacks+=stage_process.GoesOn"]
+
 
 @pytest.fixture
 def arguments(tiny_root, make_stage_arguments):
@@ -31,7 +33,7 @@ def disk(tmp_path):
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("only root can mount a small disk, where that is allowed")
     yield folder
-    subprocess.run(["umount", folder], check=True)
+    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def last_checkpoint(folder):
@@ -56,7 +58,7 @@ def test_a_training_that_accumulates_gradients_is_killed(arguments, tmp_path, ru
     assert run_process(arguments, tmp_path / "undisturbed").returncode == 0
     killed = run_process(arguments, tmp_path / "cut", "--trainer.callbacks+=stage_process.KillInSecondEpoch")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    again = run_process(arguments, tmp_path / "cut", "--ckpt_path=last")
+    again = run_process(arguments, tmp_path / "cut", *GOES_ON)
     assert again.returncode == 0, again.stderr
     assert steps(tmp_path / "cut") == steps(tmp_path / "undisturbed") == 3
     assert same(weights(tmp_path / "cut"), weights(tmp_path / "undisturbed"))
@@ -70,16 +72,25 @@ def test_a_disk_that_is_full_in_the_second_epoch(arguments, end, disk, run_proce
     assert "No space left on device" in error
     assert str(disk) in error
     (disk / "filler").unlink()
-    again = run_process(arguments, disk, "--ckpt_path=last")
+    again = run_process(arguments, disk, *GOES_ON)
     assert again.returncode == 0, again.stderr
     assert same(weights(disk), end)
+
+
+def test_a_loader_that_dies(arguments, end, tmp_path, run_process):
+    arguments = [*arguments, "--data.init_args.num_workers=1"]
+    dies = run_process(arguments, tmp_path, "--trainer.callbacks+=stage_process.KillLoaderInSecondEpoch")
+    assert dies.returncode == 2, dies.stderr
+    again = run_process(arguments, tmp_path, *GOES_ON)
+    assert again.returncode == 0, again.stderr
+    assert same(weights(tmp_path), end)
 
 
 def test_a_last_checkpoint_that_is_damaged(arguments, end, tmp_path, run_process):
     folder = tmp_path / "undisturbed"
     last = folder / "checkpoints" / "last.ckpt"
     os.truncate(last, last.stat().st_size // 2)
-    again = run_process(arguments, folder, "--ckpt_path=last")
+    again = run_process(arguments, folder, *GOES_ON)
     assert again.returncode == 0, again.stderr
     assert "last.ckpt" in again.stderr + again.stdout
     assert "damaged" in again.stderr + again.stdout

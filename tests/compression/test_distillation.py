@@ -91,18 +91,30 @@ def test_statistics_of_features_are_those_of_all_pictures(distance, in_two_proce
     student, teacher = (torch.randn(2, 3, 5, 6) for _ in range(2))
     teacher[1] = 3 * teacher[1] + 5
     student[1] = 2 * student[1] - 4
-    whole = distance(student, teacher)
+
+    def value_and_gradient(own, mean):
+        maps = student.clone().requires_grad_()
+        loss = distance(maps[own], teacher[own], mean)
+        loss.backward()
+        return torch.cat([loss.detach()[None], maps.grad.flatten()])
+
+    whole = value_and_gradient(slice(None), own_mean)
     for mean in (mean_over_processes, own_mean):
-        first, second = in_two_processes(
-            lambda own, m=mean: distance(student[own], teacher[own], m), slice(0, 1), slice(1, 2)
-        )
-        assert torch.isclose((first + second) / 2, whole) == (mean is mean_over_processes)
+        halves = in_two_processes(lambda own, m=mean: value_and_gradient(own, m), slice(0, 1), slice(1, 2))
+        assert torch.allclose(sum(halves) / 2, whole, atol=1e-6) == (mean is mean_over_processes)
 
 
 def test_processes_exchange_once():
     counted = []
     distillation_losses(random_outputs(), random_outputs(), DEFAULTS, divisor=lambda x: counted.append(x) or x)
     assert [counts.shape for counts in counted] == [(2,)]
+
+
+@pytest.mark.parametrize("distance", [pearson_distillation, hint_distillation])
+def test_processes_exchange_once_for_each_level(distance):
+    counted = []
+    distance(*random_features(3, 4, 5)[:1] * 2, lambda x: counted.append(x) or x)
+    assert len(counted) == 1
 
 
 def test_gradients_reach_the_student_only():

@@ -6,7 +6,14 @@ from torchvision.ops import box_iou
 
 from retinaface.model.anchors import make_anchors
 from retinaface.model.boxes import encode_boxes, encode_landmarks, to_xyxy
-from retinaface.model.losses import Targets, assign_targets, detection_loss, own_divisor, shared_divisor
+from retinaface.model.losses import (
+    Targets,
+    assign_targets,
+    detection_loss,
+    mean_over_processes,
+    own_divisor,
+    shared_divisor,
+)
 
 ANCHORS = make_anchors(96, 96, ((16, 32), (64, 96)), (8, 16))
 
@@ -206,6 +213,13 @@ def test_what_is_not_a_number_in_one_process_stays_there(in_two_processes):
     )
     assert second.tolist() == [2, pytest.approx(4 / 3)]
     assert first.isnan().tolist() == [True, False]
+
+
+def test_means_over_processes_keep_what_is_not_a_number_where_it_is(in_two_processes):
+    first, second = in_two_processes(mean_over_processes, torch.tensor([torch.nan, 2.0]), torch.ones(2) * 4)
+    assert second.tolist() == [2, 3]
+    assert first.isnan().tolist() == [True, False]
+    assert first[1] == 3
 
 
 def test_without_other_processes_the_own_counts_are_shared():
