@@ -184,8 +184,8 @@ class CompressionModule(RetinaFaceModule):
                 self.distillation,
                 own_features,
                 wanted_features,
-                shared_divisor,
-                mean_over_processes,
+                divisor=shared_divisor,
+                mean=mean_over_processes,
             )
             total = sum(losses.values(), start=images.new_zeros(()))
         self.log_losses("distillation", losses, total, len(images))

@@ -326,24 +326,6 @@ def test_truncated_photo_to_train_on_is_skipped_with_a_warning(tiny_root, tmp_pa
     assert cli.datamodule.skipped_files == {str(photo)}
 
 
-@pytest.mark.slow
-def test_a_dead_worker_is_one_line_and_the_same_command_goes_on(tiny_root, tmp_path, no_export):
-    args = arguments(tiny_root, *TEACHER, more=[*one_run_in(tmp_path, epochs=2), "--ckpt_path=last"])
-    args += ["--data.init_args.num_workers=1"]
-    command = [sys.executable, str(ROOT / "tests" / "callbacks" / "stage_process.py"), *args]
-    dies = "--trainer.callbacks+=stage_process.KillLoaderInSecondEpoch"
-    result = subprocess.run([*command, dies], capture_output=True, text=True, check=False)
-    assert result.returncode == 2, result.stderr
-    (error,) = (line for line in result.stderr.splitlines() if line.startswith("error:"))
-    assert "Traceback" not in result.stderr
-    assert error.startswith("error: data: ")  # a dead process or a closed connection, whatever was noticed first
-    assert "lower data.init_args.num_workers" in error
-    last = tmp_path / "checkpoints" / "last.ckpt"
-    assert torch.load(last, weights_only=True)["epoch"] == 0
-    train.main(args)
-    assert torch.load(last, weights_only=True)["epoch"] == 1
-
-
 def test_a_signal_waits_while_everything_is_imported(tmp_path):
     """A cluster may say that the time is over before there is anyone to hear it."""
     (tmp_path / "lightning.py").write_text(

@@ -16,7 +16,7 @@ from retinaface.compression.features import FeatureLevels
 from retinaface.errors import InputError
 from retinaface.model.boxes import VARIANCES, decode_boxes
 from retinaface.model.losses import Divisor, Mean, own_divisor, own_mean
-from retinaface.model.network import Outputs
+from retinaface.model.network import Outputs, face_logit
 
 Part = Literal["logits", "boxes", "landmarks", "features"]
 BoxLoss = Literal["smooth_l1", "giou"]
@@ -179,7 +179,7 @@ def teacher_certainty(teacher_logits: Tensor, confidence: float) -> Tensor:
     Returns:
         ``(B, A)``: the teacher's face score, 0 where it is below ``confidence``.
     """
-    score = _margin(teacher_logits).sigmoid()
+    score = face_logit(teacher_logits).sigmoid()
     return torch.where(score >= confidence, score, 0.0)
 
 
@@ -196,12 +196,7 @@ def class_weight(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     Returns:
         ``(B, A)``, without gradients.
     """
-    return torch.maximum(_margin(student_logits), _margin(teacher_logits)).sigmoid().detach()
-
-
-def _margin(logits: Tensor) -> Tensor:
-    """Logit of a face ``(B, A)`` from those of both classes; a CPU takes fifty times as long for softmax over two."""
-    return logits[..., 1] - logits[..., 0]
+    return torch.maximum(face_logit(student_logits), face_logit(teacher_logits)).sigmoid().detach()
 
 
 def logit_distillation(student_logits: Tensor, teacher_logits: Tensor, temperature: float, weight: Tensor) -> Tensor:
@@ -218,7 +213,7 @@ def logit_distillation(student_logits: Tensor, teacher_logits: Tensor, temperatu
     Returns:
         A scalar, the weighted sum.
     """
-    own, wanted = (_margin(logits) / temperature for logits in (student_logits, teacher_logits))
+    own, wanted = (face_logit(logits) / temperature for logits in (student_logits, teacher_logits))
     score = wanted.sigmoid()
     # The divergence is what the cross-entropy has beyond the teacher's own entropy.
     cross_entropy, entropy = (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from retinaface.errors import InputError
 from retinaface.model.anchors import make_anchors
 from retinaface.model.boxes import decode_boxes, decode_landmarks
-from retinaface.model.network import NetworkConfig, Outputs, normalize
+from retinaface.model.network import NetworkConfig, Outputs, face_logit, normalize
 from retinaface.model.postprocess import best_anchors, suppress
 
 Form = Literal["raw", "decoded", "end_to_end"]
@@ -177,7 +177,7 @@ def decode(raw: Outputs, height: int, width: int, config: NetworkConfig) -> Deco
     anchors = make_anchors.__wrapped__(height, width, config.anchor_sizes, config.strides)
     scale = torch.tensor([width, height], dtype=torch.float32)
     boxes = decode_boxes(box_deltas, anchors) * scale.repeat(2)
-    scores = (class_logits[..., 1] - class_logits[..., 0]).sigmoid()
+    scores = face_logit(class_logits).sigmoid()
     return boxes, scores, decode_landmarks(landmark_deltas, anchors) * scale
 
 

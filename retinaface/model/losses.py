@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, distributed
 
 from retinaface.model.boxes import encode_boxes, encode_landmarks, pairwise_iou, to_xyxy
-from retinaface.model.network import Outputs
+from retinaface.model.network import Outputs, face_logit
 
 # Faces compared with all anchors at a time: bounds memory on crowds. CPUs are faster with pieces that caches hold (8
 # pictures x 16 faces x 16,800 anchors = 9 MB), GPUs with few pieces.
@@ -136,11 +136,8 @@ def shared_divisor(counts: Tensor) -> Tensor:
         The counts of all processes together, at least 1 each, divided by the number of processes; without other
         processes as :func:`own_divisor`. No gradient passes, and no NaN from one process to the others.
     """
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return own_divisor(counts)
-    together = counts.detach().nan_to_num(0)
-    distributed.all_reduce(together)
-    return own_divisor(together) / distributed.get_world_size()
+    together = _sum_over_processes(counts)
+    return own_divisor(counts) if together is None else own_divisor(together) / distributed.get_world_size()
 
 
 def own_mean(values: Tensor) -> Tensor:
@@ -160,11 +157,17 @@ def mean_over_processes(values: Tensor) -> Tensor:
     Returns:
         The same shape; without other processes the values as they are. No NaN comes from one process to the others.
     """
+    together = _sum_over_processes(values)
+    return values if together is None else values + (together / distributed.get_world_size() - values).detach()
+
+
+def _sum_over_processes(values: Tensor) -> Tensor | None:
+    """The sum without what is not a number in one of them; None without other processes."""
     if not (distributed.is_available() and distributed.is_initialized()):
-        return values
+        return None
     together = values.detach().nan_to_num(0)
     distributed.all_reduce(together)
-    return values + (together / distributed.get_world_size() - values).detach()
+    return together
 
 
 def detection_loss(
@@ -198,7 +201,7 @@ def detection_loss(
     faces, with_landmarks = divisor(torch.stack([positives.sum(), targets.has_landmarks.sum()])).unbind()
 
     # Of two classes: as one operation it has no deterministic form on GPUs (``torch.use_deterministic_algorithms``).
-    margin = class_logits[..., 1] - class_logits[..., 0]
+    margin = face_logit(class_logits)
     cross_entropy = F.softplus(torch.where(positive, -margin, margin))
     wanted = negatives_per_positive * positives.clamp(min=1)
     most = _most_wanted(wanted, positive.shape[1])

@@ -8,7 +8,7 @@ from torchvision.ops import nms  # type: ignore[import-untyped]
 
 from retinaface.model.anchors import make_anchors, picture_size
 from retinaface.model.boxes import decode_boxes, decode_landmarks
-from retinaface.model.network import NetworkConfig, Outputs
+from retinaface.model.network import NetworkConfig, Outputs, face_logit
 
 _PIECE = 750
 
@@ -55,8 +55,7 @@ def postprocess(
     device = class_logits.device
     anchors = make_anchors(height, width, config.anchor_sizes, config.strides, device)
     scale = picture_size(height, width, device)
-    # The softmax of two logits is the sigmoid of their difference.
-    scores = (class_logits[..., 1].float() - class_logits[..., 0].float()).sigmoid()
+    scores = face_logit(class_logits.float()).sigmoid()
     found = []
     for picture, picture_scores in enumerate(scores):
         # Filter before decoding: of tens of thousands of anchors a few hundred are left, and of these fewer faces.

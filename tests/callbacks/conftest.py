@@ -257,6 +257,12 @@ def check_half_the_batch(run_process: Any) -> Callable[[list[str], Path, Path], 
     return check
 
 
+@pytest.fixture(scope="session")
+def require_same_state() -> Callable[..., None]:
+    """The function :func:`assert_same_state`."""
+    return assert_same_state
+
+
 def assert_same_state(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert actual.keys() == expected.keys()
     different = [name for name in expected if not torch.equal(actual[name], expected[name])]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
+TWO_PROCESSES = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
 
 pytestmark = pytest.mark.slow
 
@@ -24,8 +25,7 @@ def test_one_of_two_processes_begins_a_run_on_wandb(teacher_arguments, tmp_path,
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     options = [f"--config={ROOT / 'configs' / 'wandb.yaml'}", "--trainer.max_epochs=1"]
-    options += ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
-    result = run_process(teacher_arguments, tmp_path, *options)
+    result = run_process(teacher_arguments, tmp_path, *options, *TWO_PROCESSES)
     assert result.returncode == 0, result.stderr
     (run,) = tmp_path.glob("wandb/offline-run-*")
     assert any(file.suffix == ".wandb" for file in run.iterdir())
@@ -54,14 +54,14 @@ def test_two_processes_end_with_the_same_distilled_student(distill_arguments, tm
     check_two_processes(distill_arguments, tmp_path)
 
 
-def test_two_processes_calibrate_the_same(tiny_root, tiny_checkpoint, make_stage_arguments, tmp_path, run_process):
+def test_two_processes_calibrate_the_same(
+    tiny_root, tiny_checkpoint, make_stage_arguments, tmp_path, run_process, require_same_state
+):
     arguments = make_stage_arguments("ptq", tiny_root, f"--model.init_args.student={tiny_checkpoint}")
-    options = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
-    result = run_process(arguments, tmp_path, *options, "--trainer.callbacks+=stage_process.SaveEveryRank")
+    result = run_process(arguments, tmp_path, *TWO_PROCESSES, "--trainer.callbacks+=stage_process.SaveEveryRank")
     assert result.returncode == 0, result.stderr
     first, second = (torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in range(2))
-    assert first["after"].keys() == second["after"].keys()
-    assert all(torch.equal(first["after"][name], value) for name, value in second["after"].items())
+    require_same_state(second["after"], first["after"])
     assert any(name.endswith("scale") for name in first["after"])
 
 
